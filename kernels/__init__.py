@@ -1,0 +1,1 @@
+"""Numerics: one specification (`reference`) and the implementations tested against it."""

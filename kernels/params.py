@@ -1,0 +1,75 @@
+"""What every implementation of the op is told, and the block arithmetic they share.
+
+Plain Python: no tensors are created here, so that the specification, the CPU path and the Triton
+launcher cannot disagree about which block is where.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+ROUTINGS = ("topk", "topk_covariance", "threshold")
+ORDERS = ("none", "zeroth", "hybrid", "blockwise")
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """One call's settings, already validated and with `scale` resolved to a number.
+
+    Attributes:
+        scale: factor on the logits, `s(q, k) = scale * q.k`.
+        sparsity: fraction of the key blocks that is approximated, in [0, 1).
+        block_size: tokens per query block and per key block.
+        routing: which blocks are exact, one of `ROUTINGS`.
+        order: how the other blocks are approximated, one of `ORDERS`.
+        exact: `(prefix, suffix)` tokens at both ends of the sequence that every query attends
+            exactly. Key blocks that overlap them are exact on top of the routed ones. In
+            self-attention (`Tq == Tk`) query blocks that overlap them attend densely.
+    """
+
+    scale: float
+    sparsity: float = 0.85
+    block_size: int = 64
+    routing: str = "topk"
+    order: str = "hybrid"
+    exact: tuple[int, int] = (0, 0)
+
+    @property
+    def density(self) -> float:
+        return 1.0 - self.sparsity
+
+    @property
+    def threshold_beta(self) -> float:
+        """Threshold in standard deviations above the row mean: density is close to 1 - Phi(beta).
+
+        Sol-Attn (arXiv 2607.24027) sets beta; we derive it from the density that was asked for.
+        """
+        return -math.inf if self.sparsity == 0 else NormalDist().inv_cdf(self.sparsity)
+
+
+def block_count(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def exact_block_count(density: float, blocks: int) -> int:
+    """Number of routed exact blocks out of `blocks`: rounded up, so never sparser than asked."""
+    return min(blocks, max(1, math.ceil(density * blocks - 1e-6))) if blocks else 0
+
+
+def free_blocks(tokens: int, params: AttentionParams) -> tuple[int, int]:
+    """Range `[first, last)` of the blocks that do not overlap the exact prefix or suffix.
+
+    The same function serves keys (the blocks that routing may choose from) and queries (the
+    blocks that do not attend densely). The range is empty when everything is exact.
+    """
+    prefix, suffix = params.exact
+    first = block_count(min(prefix, tokens), params.block_size)
+    last = (
+        max(tokens - suffix, 0) // params.block_size
+        if suffix
+        else block_count(tokens, params.block_size)
+    )
+    return first, max(first, last)

@@ -1,0 +1,207 @@
+"""The specification of piecewise sparse attention in plain torch.
+
+Method: PISA (arXiv 2602.01077), with the threshold routing of Sol-Attn (arXiv 2607.24027). Every
+other implementation is tested against this file, so it is written to be read, in any float dtype
+up to float64 and on any device. It loops over query blocks, which bounds its memory at one
+`[B, H, block, Tk]` tile of logits.
+
+Shapes: B batch, H query heads, G key/value heads (H is a multiple of G), Tq and Tk tokens,
+D head_dim of query and key, E head_dim of value, N key blocks, M query blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .params import AttentionParams, block_count, exact_block_count, free_blocks
+
+# Added to a covariance norm before its logarithm; blocks of identical keys have norm zero.
+COVARIANCE_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What the approximation knows of each key block; masked keys count nowhere."""
+
+    length: Tensor  # [B, 1, N]     number of valid keys, b_j
+    key_mean: Tensor  # [B, H, N, D]  kbar_j
+    value_mean: Tensor  # [B, H, N, E]  vbar_j = Vsum_j / b_j
+    centred_key: Tensor  # [B, H, N, block, D]  k_n - kbar_j, zero where masked
+    value: Tensor  # [B, H, N, block, E]  zero where masked
+
+    @property
+    def valid(self) -> Tensor:  # [B, 1, N]
+        return self.length > 0
+
+    def first_order(self) -> Tensor:
+        """`H = sum_j (K_j - kbar_j)^T V_j` without forming any block's own matrix. [B, H, D, E]"""
+        return self.centred_key.flatten(2, 3).transpose(-1, -2) @ self.value.flatten(2, 3)
+
+    def first_order_per_block(self) -> Tensor:
+        """`H_j` of every block. [B, H, N, D, E]"""
+        return self.centred_key.transpose(-1, -2) @ self.value
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+) -> tuple[Tensor, Tensor]:
+    """Piecewise sparse attention.
+
+    Args:
+        query: [B, H, Tq, D].
+        key: [B, G, Tk, D].
+        value: [B, G, Tk, E].
+        key_mask: boolean [B, Tk], True where a key takes part, or None.
+        params: validated settings.
+
+    Returns:
+        Output [B, H, Tq, E] in the query's dtype, in [B, Tq, H, E] memory order, and the natural
+        log-sum-exp [B, H, Tq] of the approximated denominator in float32. Rows that have no valid
+        key give zeros and -inf.
+    """
+    batch, heads, query_len, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    size = params.block_size
+    q = query.to(dtype)
+    k = key.to(dtype).repeat_interleave(heads // key.shape[1], dim=1)
+    v = value.to(dtype).repeat_interleave(heads // value.shape[1], dim=1)
+    if key_mask is None:
+        key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
+
+    stats = block_statistics(k, v, key_mask, size)
+    selected = route(q, stats, key.shape[2], params)  # [B, H, M, N]
+    first_order = _first_order_matrix(stats, params.order)
+    key_block = torch.arange(key.shape[2], device=key.device) // size
+
+    out = query.new_empty(batch, query_len, heads, value.shape[3]).transpose(1, 2)
+    lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=query.device)
+    for i in range(block_count(query_len, size)):
+        rows = slice(i * size, (i + 1) * size)
+        exact = selected[:, :, i, :]  # [B, H, N]
+        token_logit = params.scale * (q[:, :, rows] @ k.transpose(-1, -2))
+        token_logit = token_logit.masked_fill(
+            ~(exact[..., key_block] & key_mask[:, None])[:, :, None], -torch.inf
+        )
+        block_logit = params.scale * (q[:, :, rows] @ stats.key_mean.transpose(-1, -2))
+        approximated = stats.valid & ~exact
+        if params.order == "none":
+            approximated = torch.zeros_like(approximated)
+        block_logit = block_logit + stats.length.clamp(min=1).to(dtype).log()[:, :, None]
+        block_logit = block_logit.masked_fill(~approximated[:, :, None], -torch.inf)
+
+        # One softmax over the selected tokens and the centroids of all other blocks.
+        logit = torch.cat([token_logit, block_logit], dim=-1)
+        log_sum = logit.logsumexp(dim=-1)
+        weight = (logit - log_sum.masked_fill(log_sum == -torch.inf, 0.0)[..., None]).exp()
+        token_weight, block_weight = weight.split([k.shape[2], stats.length.shape[-1]], dim=-1)
+        block_out = token_weight @ v.masked_fill(~key_mask[:, None, :, None], 0.0)
+        block_out = block_out + block_weight @ stats.value_mean
+        if params.order == "hybrid":
+            valid_keys = stats.length.sum(-1).clamp(min=1)[..., None, None]  # [B, 1, 1, 1]
+            tail_mass = block_weight.sum(-1, keepdim=True) / valid_keys
+            block_out = block_out + tail_mass * (params.scale * q[:, :, rows]) @ first_order
+        elif params.order == "blockwise":
+            # exp(s(q, kbar_j)) is the block's weight divided by its length.
+            mass = block_weight / stats.length.clamp(min=1)[:, :, None]
+            block_out = block_out + torch.einsum(
+                "bhtn,bhtd,bhnde->bhte", mass, params.scale * q[:, :, rows], first_order
+            )
+        out[:, :, rows] = block_out.to(query.dtype)
+        lse[:, :, rows] = log_sum.to(torch.float32)
+    return out, lse
+
+
+def block_statistics(k: Tensor, v: Tensor, key_mask: Tensor, size: int) -> BlockStatistics:
+    """Means and centred keys of the blocks of `k` [B, H, Tk, D] and `v` [B, H, Tk, E]."""
+    batch, heads, tokens, _ = k.shape
+    blocks = block_count(tokens, size)
+    pad = blocks * size - tokens
+    valid = torch.nn.functional.pad(key_mask, (0, pad)).view(batch, 1, blocks, size, 1)
+    # masked_fill and not a product: a masked key may hold anything, NaN included.
+    k = torch.nn.functional.pad(k, (0, 0, 0, pad)).view(batch, heads, blocks, size, -1)
+    v = torch.nn.functional.pad(v, (0, 0, 0, pad)).view(batch, heads, blocks, size, -1)
+    k, v = k.masked_fill(~valid, 0.0), v.masked_fill(~valid, 0.0)
+    length = valid.sum(dim=(3, 4))
+    divisor = length.clamp(min=1)[..., None]
+    key_mean = k.sum(dim=3) / divisor
+    return BlockStatistics(
+        length=length,
+        key_mean=key_mean,
+        value_mean=v.sum(dim=3) / divisor,
+        centred_key=(k - key_mean[:, :, :, None]).masked_fill(~valid, 0.0),
+        value=v,
+    )
+
+
+def route(q: Tensor, stats: BlockStatistics, key_len: int, params: AttentionParams) -> Tensor:
+    """The exact set S_i of every query block, boolean [B, H, M, N].
+
+    Blocks that overlap the exact prefix or suffix are always in it; `sparsity` applies to the
+    remaining ("free") blocks. Blocks without a valid key are never in it.
+    """
+    batch, heads, query_len, _ = q.shape
+    size, blocks = params.block_size, stats.length.shape[-1]
+    query_blocks = block_count(query_len, size)
+    selected = torch.ones(batch, heads, query_blocks, blocks, dtype=torch.bool, device=q.device)
+    first, last = free_blocks(key_len, params)
+    if params.sparsity > 0 and first < last:
+        valid = stats.valid[:, :, None, first:last]
+        score = _proxy_score(q, stats, params)[..., first:last].masked_fill(~valid, -torch.inf)
+        if params.routing == "threshold":
+            selected[..., first:last] = _above_threshold(score, valid, params.threshold_beta)
+        else:
+            count = exact_block_count(params.density, last - first)
+            index = score.topk(count, dim=-1).indices
+            selected[..., first:last] = torch.zeros_like(valid & (score == score)).scatter(
+                -1, index, True
+            )
+    if query_len == key_len and params.exact != (0, 0):
+        first, last = free_blocks(query_len, params)
+        selected[:, :, :first] = True
+        selected[:, :, last:] = True
+    return selected & stats.valid[:, :, None]
+
+
+def _proxy_score(q: Tensor, stats: BlockStatistics, params: AttentionParams) -> Tensor:
+    """`scale * qbar_i . kbar_j`, plus the covariance term where asked for. [B, H, M, N]"""
+    size = params.block_size
+    tokens = q.shape[2]
+    pad = block_count(tokens, size) * size - tokens
+    rows = torch.full((block_count(tokens, size),), size, device=q.device)
+    rows[-1] -= pad
+    query_mean = torch.nn.functional.pad(q, (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3)
+    query_mean = query_mean / rows[:, None]
+    score = params.scale * (query_mean @ stats.key_mean.transpose(-1, -2))
+    if params.routing == "topk_covariance":
+        per_block = stats.first_order_per_block()
+        valid_blocks = stats.valid.sum(-1).clamp(min=1)[..., None, None]
+        mean = per_block.sum(2) / valid_blocks
+        norm = (per_block - mean[:, :, None]).flatten(-2).norm(dim=-1)  # [B, H, N]
+        score = score + (norm + COVARIANCE_EPS).log()[:, :, None]
+    return score
+
+
+def _above_threshold(score: Tensor, valid: Tensor, beta: float) -> Tensor:
+    """Blocks whose score exceeds `mu + beta * sigma` of their row, and always the best one."""
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    finite = score.masked_fill(~valid, 0.0)
+    mean = finite.sum(-1, keepdim=True) / count
+    deviation = (finite - mean).masked_fill(~valid, 0.0)
+    sigma = (deviation.square().sum(-1, keepdim=True) / count).sqrt()
+    best = torch.zeros_like(score, dtype=torch.bool).scatter(
+        -1, score.argmax(-1, keepdim=True), True
+    )
+    return (score > mean + beta * sigma) | best
+
+
+def _first_order_matrix(stats: BlockStatistics, order: str) -> Tensor:
+    if order == "hybrid":
+        return stats.first_order()
+    return stats.first_order_per_block() if order == "blockwise" else stats.key_mean

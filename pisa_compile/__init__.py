@@ -1,0 +1,1 @@
+"""Piecewise sparse attention for diffusion transformers, as a torch.compile backend."""
