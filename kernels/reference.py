@@ -100,7 +100,7 @@ def attention(
         logit = torch.cat([token_logit, block_logit], dim=-1)
         log_sum = logit.logsumexp(dim=-1)
         weight = (logit - log_sum.masked_fill(log_sum == -torch.inf, 0.0)[..., None]).exp()
-        token_weight, block_weight = weight.split([k.shape[2], stats.length.shape[-1]], dim=-1)
+        token_weight, block_weight = weight[..., : k.shape[2]], weight[..., k.shape[2] :]
         block_out = token_weight @ v.masked_fill(~key_mask[:, None, :, None], 0.0)
         block_out = block_out + block_weight @ stats.value_mean
         if params.order == "hybrid":
@@ -159,9 +159,8 @@ def route(q: Tensor, stats: BlockStatistics, key_len: int, params: AttentionPara
         else:
             count = exact_block_count(params.density, last - first)
             index = score.topk(count, dim=-1).indices
-            selected[..., first:last] = torch.zeros_like(valid & (score == score)).scatter(
-                -1, index, True
-            )
+            chosen = torch.zeros_like(score, dtype=torch.bool)
+            selected[..., first:last] = chosen.scatter(-1, index, True)
     if query_len == key_len and params.exact != (0, 0):
         first, last = free_blocks(query_len, params)
         selected[:, :, :first] = True
@@ -176,7 +175,8 @@ def _proxy_score(q: Tensor, stats: BlockStatistics, params: AttentionParams) -> 
     pad = block_count(tokens, size) * size - tokens
     rows = torch.full((block_count(tokens, size),), size, device=q.device)
     rows[-1] -= pad
-    query_mean = torch.nn.functional.pad(q, (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3)
+    padded = torch.nn.functional.pad(q, (0, 0, 0, pad))
+    query_mean = padded.view(*q.shape[:2], len(rows), size, q.shape[3]).sum(3)
     query_mean = query_mean / rows[:, None]
     score = params.scale * (query_mean @ stats.key_mean.transpose(-1, -2))
     if params.routing == "topk_covariance":

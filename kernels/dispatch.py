@@ -1,0 +1,102 @@
+"""Which implementation runs a call: by device, or the one that was asked for by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .params import AttentionParams
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
+MAX_HEAD_DIM = 256
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class UnsupportedError(RuntimeError):
+    """An explicit request that no implementation, or not the one named, can serve."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run one call; arguments and results as in `reference.attention`.
+
+    Raises:
+        UnsupportedError: `impl` names an implementation that cannot run this call.
+    """
+    name = _resolve(query, value, params, impl)
+    if name == "cpu":
+        from . import cpu
+
+        return cpu.attention(query, key, value, key_mask, params)
+    if name == "triton":
+        from . import triton
+
+        return triton.attention(query, key, value, key_mask, params)
+    return reference.attention(query, key, value, key_mask, params)
+
+
+def refusal(
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    params: AttentionParams,
+) -> str | None:
+    """Why `impl` cannot run such a call, or None. The reference runs everything."""
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        return None if device.type == "cpu" else f"it runs CPU tensors, these are on {device}"
+    if not _has_triton():
+        return "the triton package is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "CPU tensors need TRITON_INTERPRET=1 set before Triton is imported"
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs CUDA and ROCm tensors, these are on {device}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"it supports float32, bfloat16 and float16, not {dtype}"
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        return f"it supports head_dim up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
+    if params.order == "blockwise":
+        return "it does not implement order='blockwise'"
+    return None
+
+
+def device_refusal(device_type: str) -> str | None:
+    """Why replacing attention on this kind of device would not pay, or None."""
+    if device_type == "cpu" or (device_type == "cuda" and _has_triton()):
+        return None
+    if device_type == "cuda":
+        return "no fast kernel: the triton package is not installed"
+    return f"no fast kernel for device type '{device_type}'"
+
+
+def _resolve(query: Tensor, value: Tensor, params: AttentionParams, impl: str | None) -> str:
+    def why_not(name: str) -> str | None:
+        return refusal(name, query.device, query.dtype, query.shape[-1], value.shape[-1], params)
+
+    if impl is not None:
+        reason = why_not(impl)
+        if reason is not None:
+            raise UnsupportedError(f"impl={impl!r} cannot run this call: {reason}")
+        return impl
+    if query.device.type == "cpu":
+        return "cpu"
+    return "reference" if why_not("triton") is not None else "triton"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,167 @@
+"""`torch.ops.pisa.attention`: schema, fake implementation, FLOP formula. Needs torch alone.
+
+Two ops, because the number of results is part of a schema: `attention` returns the output,
+`attention_with_lse` the output and its log-sum-exp. What runs them is decided in
+`kernels.dispatch`, when they run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import validation
+from .kernels import dispatch
+from .kernels.params import AttentionParams, block_count, exact_block_count, free_blocks
+
+# One schema text for both ops. Keyword-only settings keep traced graphs readable; the defaults
+# are those of the functional interface. Exact ranges are SymInt: a text length may be symbolic.
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float? scale=None, "
+    "float sparsity, int block_size=64, str routing='topk', str order='hybrid', "
+    "SymInt exact_prefix=0, SymInt exact_suffix=0, bool enable_gqa=False, str? impl=None"
+)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any
+) -> Tensor:
+    return _attention_with_lse(query, key, value, attn_mask, **settings)[0]
+
+
+def _attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    enable_gqa: bool = False,
+    impl: str | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    params = _params(query.shape[-1], **settings)
+    validation.check_tensors(query, key, value, attn_mask, enable_gqa)
+    validation.check_impl(impl)
+    key_mask = None
+    if attn_mask is not None:
+        while attn_mask.dim() < 4:
+            attn_mask = attn_mask[None]
+        key_mask = attn_mask[:, 0, 0].expand(key.shape[0], key.shape[2])
+    return dispatch.attention(query, key, value, key_mask, params, impl)
+
+
+def _params(
+    head_dim: int,
+    *,
+    sparsity: float,
+    scale: float | None = None,
+    block_size: int = 64,
+    routing: str = "topk",
+    order: str = "hybrid",
+    exact_prefix: int = 0,
+    exact_suffix: int = 0,
+) -> AttentionParams:
+    validation.check_sparsity(sparsity)
+    validation.check_block_size(block_size)
+    validation.check_routing(routing)
+    validation.check_order(order)
+    validation.check_exact((exact_prefix, exact_suffix))
+    return AttentionParams(
+        scale=head_dim**-0.5 if scale is None else scale,
+        sparsity=sparsity,
+        block_size=block_size,
+        routing=routing,
+        order=order,
+        exact=(exact_prefix, exact_suffix),
+    )
+
+
+attention = torch.library.custom_op(
+    "pisa::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+attention_with_lse = torch.library.custom_op(
+    "pisa::attention_with_lse",
+    _attention_with_lse,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any) -> Tensor:
+    # [B, Tq, H, E] memory: what the models around it reshape to, and what SDPA gives.
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+
+
+@attention_with_lse.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = query.shape
+    out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+def dense_flops(
+    query_shape: tuple[int, ...], key_shape: tuple[int, ...], value_shape: tuple[int, ...]
+) -> int:
+    """FLOPs of dense attention: the two matrix products, 2 per multiply-add."""
+    batch, heads, query_len, head_dim = query_shape
+    return 2 * batch * heads * query_len * key_shape[2] * (head_dim + value_shape[3])
+
+
+def attention_flops(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    params: AttentionParams,
+) -> int:
+    """FLOPs of the op's matrix products, 2 per multiply-add: routing scores, exact blocks,
+    centroids, and the first-order matrix with its product. `threshold` counts its expected density.
+    """
+    batch, heads, query_len, head_dim = query_shape
+    key_len, value_dim, size = key_shape[2], value_shape[3], params.block_size
+    dense = dense_flops(query_shape, key_shape, value_shape)
+    if params.sparsity == 0:
+        return dense
+    first, last = free_blocks(key_len, params)
+    blocks, query_blocks = block_count(key_len, size), block_count(query_len, size)
+    exact = blocks - (last - first) + exact_block_count(params.density, last - first)
+    if query_len == key_len:
+        first, last = free_blocks(query_len, params)
+        sparse_rows = max(0, min(last * size, query_len) - first * size)
+    else:
+        sparse_rows = query_len
+    per_head = 2 * (
+        (query_len - sparse_rows) * key_len * (head_dim + value_dim)
+        + sparse_rows * min(exact * size, key_len) * (head_dim + value_dim)
+        + query_blocks * blocks * head_dim
+    )
+    if params.order != "none":
+        per_head += 2 * sparse_rows * (blocks - exact) * (head_dim + value_dim)
+    if params.order == "hybrid":
+        per_head += 2 * (key_len + sparse_rows) * head_dim * value_dim
+    elif params.order == "blockwise":
+        products = key_len + sparse_rows * (blocks - exact)
+        per_head += 2 * products * head_dim * value_dim
+    return batch * heads * per_head
+
+
+@register_flop_formula([torch.ops.pisa.attention, torch.ops.pisa.attention_with_lse])
+def _flop_formula(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    mask_shape: tuple[int, ...] | None = None,
+    *,
+    out_shape: Any = None,
+    enable_gqa: bool = False,
+    impl: str | None = None,
+    **settings: Any,
+) -> int:
+    params = _params(query_shape[-1], **settings)
+    return attention_flops(query_shape, key_shape, value_shape, params)

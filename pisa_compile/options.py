@@ -1,0 +1,81 @@
+"""What `torch.compile(..., backend="pisa", mode=..., options={...})` may say."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from .policy import POLICY_FIELDS, Policy
+
+INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """One compile call's settings.
+
+    Attributes:
+        policy: the policy for every site that no decorator or `set_policy` covers.
+        inner: what compiles the rewritten graph, one of `INNER_COMPILERS`.
+        inductor: Inductor configuration, the presets of `mode` included.
+    """
+
+    policy: Policy = Policy()
+    inner: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(mode: str | None, options: dict[str, Any] | None) -> CompileOptions:
+    """Sort the options of a compile call into ours and Inductor's.
+
+    Raises:
+        ValueError: an unknown option or mode, a bad value, or Inductor settings without Inductor.
+        TypeError: a value of the wrong type.
+    """
+    remaining = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    policy = Policy(**{name: remaining.pop(name) for name in POLICY_FIELDS if name in remaining})
+    inner = remaining.pop("inner", "inductor")
+    if inner not in INNER_COMPILERS:
+        raise ValueError(f"option 'inner' must be one of {INNER_COMPILERS}, got {inner!r}")
+    inductor = _mode_settings(mode)
+    for name, value in remaining.items():
+        _check_inductor_option(name, value)
+        inductor[name] = value
+    if inductor and inner != "inductor":
+        raise ValueError(
+            f"mode and Inductor options need inner='inductor', got inner={inner!r} "
+            f"with {sorted(inductor)}"
+        )
+    return CompileOptions(policy, inner, inductor)
+
+
+def _mode_settings(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"mode must be one of {sorted(modes)}, got {mode!r}")
+    return dict(modes[mode])
+
+
+def _check_inductor_option(name: str, value: Any) -> None:
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    if name not in known:
+        ours = [*POLICY_FIELDS, "inner"]
+        close = difflib.get_close_matches(name, [*ours, *known], n=3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(
+            f"unknown option {name!r}{hint} Known options are {', '.join(ours)}, and every option "
+            "of Inductor (torch._inductor.list_options())"
+        )
+    expected = type(known[name])
+    if known[name] is not None and not isinstance(value, expected):
+        raise TypeError(
+            f"Inductor option {name!r} must be {expected.__name__}, "
+            f"got {type(value).__name__} {value!r}"
+        )

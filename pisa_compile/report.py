@@ -1,0 +1,200 @@
+"""`explain`: which attention of a model was replaced, and why the rest was not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops import attention_flops, dense_flops
+from .passes import Decision
+from .policy import Policy
+from .recording import recording
+
+_COLUMNS = ("module", "query", "key", "dtype", "calls", "decision", "FLOPs saved", "why, policy")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of a model.
+
+    Attributes:
+        module: name of the innermost module, as in `model.named_modules()` where it is known.
+        replaced: whether piecewise sparse attention runs there.
+        reason: why it was replaced or stays dense, in words.
+        policy: the policy in force, every field resolved.
+        query_shape, key_shape, value_shape: [B, H, T, D] as traced.
+        dtype: of the output.
+        calls: how often it ran during one call of the model.
+        flops: FLOPs of its matrix products as it runs now, for all its calls.
+        dense_flops: the same for dense attention.
+    """
+
+    module: str
+    replaced: bool
+    reason: str
+    policy: Policy
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    value_shape: tuple[int, ...]
+    dtype: torch.dtype
+    calls: int
+    flops: int
+    dense_flops: int
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the site's attention FLOPs that is saved, 0 for a dense site."""
+        return 1.0 - self.flops / self.dense_flops if self.dense_flops else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found. Prints as a table; `sites` is the same as data."""
+
+    sites: tuple[Site, ...]
+    graphs: int
+
+    @property
+    def replaced(self) -> int:
+        return sum(site.replaced for site in self.sites)
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of all attention FLOPs of the model that is saved."""
+        dense = sum(site.dense_flops for site in self.sites)
+        return 1.0 - sum(site.flops for site in self.sites) / dense if dense else 0.0
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"{self.replaced} of {len(self.sites)} attention sites replaced in {self.graphs} "
+            f"compiled graph{'' if self.graphs == 1 else 's'}; "
+            f"{self.flops_saved:.0%} of all attention FLOPs saved"
+        )
+
+    def __str__(self) -> str:
+        try:
+            from rich.console import Console
+        except ImportError:
+            return "\n".join([_plain_table(list(self._rows())), self.summary])
+        text = io.StringIO()
+        Console(file=text, width=140).print(self.__rich__())
+        return text.getvalue() + self.summary
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*_COLUMNS)
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for site in self.sites:
+            yield (
+                site.module or "(top level)",
+                "x".join(map(str, site.query_shape)),
+                "x".join(map(str, site.key_shape)),
+                str(site.dtype).removeprefix("torch."),
+                str(site.calls),
+                "sparse" if site.replaced else "dense",
+                f"{site.flops_saved:.0%}",
+                _policy_text(site.policy) if site.replaced else site.reason,
+            )
+
+
+def explain(model: nn.Module, /, *args: Any, **kwargs: Any) -> Report:
+    """Run a model once and report every attention site in it.
+
+    Args:
+        model: a model compiled with `backend="pisa"`, as a whole or in regions, which is reported
+            as it runs; or any other module, which is reported as `torch.compile(model,
+            backend="pisa")` would treat it. Policies on its modules are followed in both cases.
+        *args, **kwargs: what the model is called with. Gradients are off during the call.
+
+    Returns:
+        A `Report`. `print(report)` shows it as a table.
+
+    Raises:
+        RuntimeError: the model is compiled, but none of it with `backend="pisa"`.
+    """
+    compiled = _is_compiled(model)
+    call = model if compiled else torch.compile(model, backend="pisa", options={"inner": "eager"})
+    with recording() as active, torch.no_grad():
+        call(*args, **kwargs)
+    if active.graphs == 0:
+        raise RuntimeError(
+            "no graph compiled with backend='pisa' ran; "
+            + ("the model is compiled with another backend" if compiled else "nothing was traced")
+        )
+    names = {str(id(module)): name for name, module in model.named_modules()}
+    return Report(sites=_sites(active.decisions, names), graphs=active.graphs)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+def _sites(decisions: list[Decision], names: dict[str, str]) -> tuple[Site, ...]:
+    # A graph that several blocks share makes the same decision (the same object) once per call.
+    calls: dict[int, int] = {}
+    for decision in decisions:
+        calls[id(decision)] = calls.get(id(decision), 0) + 1
+    unique = {id(decision): decision for decision in decisions}
+    return tuple(_site(decision, calls[key], names) for key, decision in unique.items())
+
+
+def _site(decision: Decision, calls: int, names: dict[str, str]) -> Site:
+    shapes = (decision.query_shape, decision.key_shape, decision.value_shape)
+    # 3-D attention is [N, T, D]: N batches of one head.
+    query, key, value = (s if len(s) == 4 else (s[0], 1, *s[1:]) for s in shapes)
+    dense = flops = calls * dense_flops(query, key, value)
+    if decision.replaced:
+        flops = calls * attention_flops(query, key, value, decision.policy.params(scale=1.0))
+    module = decision.module
+    if decision.modules:
+        identity, _ = decision.modules[-1]
+        module = names.get(identity, module)
+    return Site(
+        module=module.removeprefix("_orig_mod."),
+        replaced=decision.replaced,
+        reason=decision.reason,
+        policy=decision.policy,
+        query_shape=decision.query_shape,
+        key_shape=decision.key_shape,
+        value_shape=decision.value_shape,
+        dtype=decision.dtype,
+        calls=calls,
+        flops=flops,
+        dense_flops=dense,
+    )
+
+
+def _policy_text(policy: Policy) -> str:
+    """The fields that matter to a reader: sparsity, and what is not at its default."""
+    parts = [f"sparsity {policy.sparsity:g}", f"{policy.routing} + {policy.order}"]
+    if policy.block_size != 64:
+        parts.append(f"block {policy.block_size}")
+    if policy.exact != (0, 0):
+        parts.append(f"exact {policy.exact}")
+    if policy.impl is not None:
+        parts.append(policy.impl)
+    return ", ".join(parts)
+
+
+def _plain_table(rows: list[tuple[str, ...]]) -> str:
+    lines = [_COLUMNS, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
