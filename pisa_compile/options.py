@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .policy import POLICY_FIELDS, Policy
@@ -21,9 +21,9 @@ class CompileOptions:
         inductor: Inductor configuration, the presets of `mode` included.
     """
 
-    policy: Policy = Policy()
-    inner: str = "inductor"
-    inductor: dict[str, Any] = field(default_factory=dict)
+    policy: Policy
+    inner: str
+    inductor: dict[str, Any]
 
 
 def parse(mode: str | None, options: dict[str, Any] | None) -> CompileOptions:

@@ -1,0 +1,36 @@
+# Every target sets up .venv first, from pinned versions; nothing else has to be installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow lint types bench clean
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/src/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed ## generate pictures with dense and with sparse attention
+	$(BIN)/python -m examples.photo_dit.demo $(DEMO_ARGS)
+
+test: lint types ## everything that CI checks, without the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed ## the minutes-long tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+bench: $(VENV)/installed ## the CPU record behind the README's table
+	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu.json
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,98 @@
+"""What the interpreted tests share: one call on poisoned memory, compared with the specification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisa_compile.kernels import reference, triton
+from pisa_compile.kernels.params import (
+    AttentionParams,
+    exact_block_count,
+    free_blocks,
+)
+from pisa_compile.kernels.testing import (
+    Inputs,
+    poisoned_memory,
+    random_inputs,
+    relative_l2,
+    specified,
+)
+
+# Float32 arithmetic in another order; the reference in float32 is off by 1 to 2e-7 itself.
+FLOAT32_TOLERANCE = 1e-6
+SETTINGS = ("sparsity", "block_size", "routing", "order", "exact", "scale")
+
+
+def case(**options: Any) -> tuple[Inputs, AttentionParams]:
+    """Inputs and settings from one flat list of options."""
+    settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    inputs = random_inputs(**{"query_len": 200, **options})
+    scale = settings.pop("scale", inputs.query.shape[-1] ** -0.5)
+    return inputs, AttentionParams(scale=scale, **{"sparsity": 0.6, **settings})
+
+
+def run(
+    inputs: Inputs, params: AttentionParams, budget: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    with poisoned_memory():
+        return triton.attention(*inputs.astuple(), params, budget=budget)
+
+
+def assert_specified(
+    inputs: Inputs,
+    params: AttentionParams,
+    *,
+    tolerance: float = FLOAT32_TOLERANCE,
+    lse_tolerance: float = 4e-6,
+) -> None:
+    """The kernels agree with the float64 specification, for inputs without near-ties."""
+    assert routing_gap(inputs, params) > 1e-5, "the test's inputs have a near-tie: change the seed"
+    out, lse = run(inputs, params)
+    expected, expected_lse = specified(inputs, params)
+    assert out.dtype == inputs.query.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.dtype == torch.float32
+    empty = expected_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    assert not out[empty].any()
+    assert relative_l2(out, expected) < tolerance
+    difference = (lse - expected_lse)[~empty].abs()
+    assert difference.numel() == 0 or float(difference.max()) < lse_tolerance
+
+
+def routing_gap(inputs: Inputs, params: AttentionParams) -> float:
+    """Distance of the closest routing decision from going the other way.
+
+    Below the accuracy of float32 scores two right implementations may select different blocks, and
+    their outputs then differ by as much as the method approximates.
+    """
+    q, k, v, mask = inputs.to(torch.float64).astuple()
+    tokens = k.shape[2]
+    first, last = free_blocks(tokens, params)
+    if params.sparsity == 0 or first >= last:
+        return float("inf")
+    mask = mask if mask is not None else torch.ones(k.shape[0], tokens, dtype=torch.bool)
+    repeat = q.shape[1] // k.shape[1]
+    stats = reference.block_statistics(
+        k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), mask, params.block_size
+    )
+    valid = stats.valid[:, :, None, first:last]
+    score = reference._proxy_score(q, stats, params)[..., first:last]
+    score = score.masked_fill(~valid, -torch.inf)
+    if params.routing == "threshold":
+        count = valid.sum(-1, keepdim=True).clamp(min=1)
+        finite = score.masked_fill(~valid, 0.0)
+        mean = finite.sum(-1, keepdim=True) / count
+        square = ((finite - mean).masked_fill(~valid, 0.0) ** 2).sum(-1, keepdim=True)
+        gap = (score - mean - params.threshold_beta * (square / count).sqrt()).abs()
+        best = score.sort(-1, descending=True).values
+        gap = torch.cat([gap, best[..., :1] - best[..., 1:2]], dim=-1)
+    else:
+        chosen = exact_block_count(params.density, last - first)
+        ordered = score.sort(-1, descending=True).values
+        gap = ordered[..., chosen - 1 : chosen] - ordered[..., chosen : chosen + 1]
+    finite_gap = gap[gap.isfinite()]
+    return float(finite_gap.min()) if finite_gap.numel() else float("inf")

@@ -1,0 +1,65 @@
+"""The import arrow of DESIGN.md, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pisa_compile as pisa
+
+PACKAGE = Path(pisa.__file__).parent
+# Each layer may import from itself and from those after it.
+LAYERS = {
+    "backend": {"passes", "recording", "options", "policy"},
+    "passes": {"policy", "annotation", "ops", "kernels"},
+    "ops": {"kernels", "validation"},
+    "kernels": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Names directly under `pisa_compile` that a file imports, at any depth of indentation."""
+    found = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {name.split(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pisa_compile"):
+            raise AssertionError(f"{path}: use relative imports inside the package")
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_run_one_way(layer: str) -> None:
+    root = PACKAGE / layer
+    files = sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]
+    assert files
+    for file in files:
+        others = imported(file) - {layer}
+        assert others <= LAYERS[layer], f"{file} imports {others - LAYERS[layer]}"
+
+
+def test_importing_the_package_imports_neither_triton_nor_extras() -> None:
+    blocked = ("triton", "diffusers", "rich", "matplotlib", "numpy", "safetensors")
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import pisa_compile, pisa_compile.backend\n"
+        f"print([m for m in {blocked} if m in set(sys.modules) - before])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_surface() -> None:
+    names = {name for name in vars(pisa) if not name.startswith("_")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"kernels", "passes"}
+    assert names - modules == {
+        "DENSE", "Policy", "Report", "UnsupportedError", "attention", "explain", "set_policy",
+    }  # fmt: skip
+    assert callable(pisa.policy)
