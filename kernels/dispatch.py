@@ -74,13 +74,9 @@ def refusal(
     return None
 
 
-def device_refusal(device_type: str) -> str | None:
-    """Why replacing attention on this kind of device would not pay, or None."""
-    if device_type == "cpu" or (device_type == "cuda" and _has_triton()):
-        return None
-    if device_type == "cuda":
-        return "no fast kernel: the triton package is not installed"
-    return f"no fast kernel for device type '{device_type}'"
+def preferred(device: torch.device) -> str:
+    """The implementation that is fast on `device`, if it can run there at all."""
+    return "cpu" if device.type == "cpu" else "triton"
 
 
 def _resolve(query: Tensor, value: Tensor, params: AttentionParams, impl: str | None) -> str:
@@ -92,9 +88,8 @@ def _resolve(query: Tensor, value: Tensor, params: AttentionParams, impl: str | 
         if reason is not None:
             raise UnsupportedError(f"impl={impl!r} cannot run this call: {reason}")
         return impl
-    if query.device.type == "cpu":
-        return "cpu"
-    return "reference" if why_not("triton") is not None else "triton"
+    name = preferred(query.device)
+    return name if why_not(name) is None else "reference"
 
 
 @functools.cache

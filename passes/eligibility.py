@@ -8,71 +8,79 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 
 from ..kernels import dispatch
 from ..policy import DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
-from .site import AttentionSite, example, sizes
+from .fake import example, sizes
+from .masks import MaskAnalysis
+from .site import AttentionSite
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def refusal(site: AttentionSite, policy: Policy) -> str | None:
+def refusal(
+    site: AttentionSite, policy: Policy, masks: MaskAnalysis, gradients: bool | None = None
+) -> str | None:
     """Why the site stays dense, or None if it may be replaced.
+
+    Args:
+        gradients: whether any will be asked for; None if the traced tensors tell.
 
     Raises:
         UnsupportedError: the policy names an implementation that cannot run this site.
     """
     if not policy.enabled:
         return "its policy is DENSE"
-    query, key, value = example(site.query), example(site.key), example(site.value)
+    query, key, value = (view.example() for view in (site.query, site.key, site.value))
     return (
         _tensor_refusal(query, key, value)
-        or _kind_refusal(site, query, key)
-        or (None if site.attn_mask is None else mask_refusal(example(site.attn_mask), query))
+        or _kind_refusal(site, gradients)
+        or _shape_refusal(site, query, key, value)
+        or _mask_refusal(site, masks)
         or _length_refusal(query, policy)
         or _implementation_refusal(site, query, value, policy)
     )
 
 
 def _tensor_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if any(x.is_nested for x in (query, key, value)):
-        return "nested tensors are not supported"
-    if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
-        return f"query has {query.dim()} dimensions; 3 or 4 are supported"
-    if query.dtype not in _DTYPES:
-        return f"dtype {query.dtype} is not supported"
-    return dispatch.device_refusal(query.device.type)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.is_nested:
+            return f"its {name} is a nested tensor; pad it and pass a key-padding mask"
+        if tensor.dtype not in _DTYPES:
+            return f"its {name} has dtype {tensor.dtype}; floating point is supported"
+        if tensor.device != query.device:
+            return f"its query is on {query.device}, its {name} on {tensor.device}"
+    return None
 
 
-def _kind_refusal(site: AttentionSite, query: Tensor, key: Tensor) -> str | None:
+def _kind_refusal(site: AttentionSite, gradients: bool | None) -> str | None:
     if site.is_causal:
         return "it is causal; only bidirectional attention is approximated"
     if site.dropout:
         return "dropout is active; call model.eval() first"
-    if example(site.node).requires_grad:
+    if example(site.node).requires_grad if gradients is None else gradients:
         return (
             "gradients are needed; run under torch.no_grad() or torch.inference_mode(), "
             "or call model.requires_grad_(False)"
         )
+    return None
+
+
+def _shape_refusal(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if not statically_known_true(query.shape[-2] == key.shape[-2]):
         lengths = f"{sizes(query)[-2]} query and {sizes(key)[-2]} key tokens"
         return f"it is cross-attention ({lengths}); only self- and joint attention is approximated"
-    if site.enable_gqa and query.dim() != 4:
-        return "grouped queries need 4 dimensions"
+    heads = 0 if site.enable_gqa else 1
+    for name, tensor in (("key", key), ("value", value)):
+        for mine, its in zip(tensor.shape[: 1 + heads], query.shape, strict=False):
+            if not guard_or_false(mine == its):
+                return (
+                    f"its {name} {tuple(sizes(tensor))} broadcasts against its query "
+                    f"{tuple(sizes(query))}; expand it, or use enable_gqa=True for shared heads"
+                )
     return None
 
 
-def mask_refusal(mask: Tensor, query: Tensor) -> str | None:
-    """Why `mask` is not a key-padding mask that the op takes, judged by dtype and shape alone."""
-    shape = list(mask.shape)
-    if mask.dtype != torch.bool:
-        return f"its mask is additive ({mask.dtype}); only boolean key-padding masks are supported"
-    if query.dim() != 4 or len(shape) > 4:
-        return f"its mask has shape {tuple(shape)} for a {query.dim()}-dimensional query"
-    row_and_head = shape[-3:-1]
-    if any(not statically_known_true(size == 1) for size in row_and_head):
-        return (
-            f"its mask {tuple(sizes(mask))} varies over queries or heads; only key-padding masks, "
-            "[B, 1, 1, Tk], are supported"
-        )
-    return None
+def _mask_refusal(site: AttentionSite, masks: MaskAnalysis) -> str | None:
+    padding = masks.padding(site)
+    return padding if isinstance(padding, str) else None
 
 
 def _length_refusal(query: Tensor, policy: Policy) -> str | None:
@@ -88,18 +96,17 @@ def _length_refusal(query: Tensor, policy: Policy) -> str | None:
 def _implementation_refusal(
     site: AttentionSite, query: Tensor, value: Tensor, policy: Policy
 ) -> str | None:
-    if policy.impl is None:
-        return None
+    name = policy.impl or dispatch.preferred(query.device)
     reason = dispatch.refusal(
-        policy.impl,
+        name,
         query.device,
-        example(site.node).dtype,
+        site.dtype,
         query.shape[-1],
         value.shape[-1],
         policy.params(scale=1.0),
     )
-    if reason is not None:
+    if reason is not None and policy.impl is not None:
         raise dispatch.UnsupportedError(
-            f"the policy asks for impl={policy.impl!r}, which cannot run this attention: {reason}"
+            f"the policy asks for impl={name!r}, which cannot run this attention: {reason}"
         )
-    return None
+    return reason and f"the {name!r} implementation cannot run it: {reason}"

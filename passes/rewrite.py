@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import fx
 
 from ..policy import Policy
 from .eligibility import refusal
-from .site import AttentionSite
+from .masks import MaskAnalysis
+from .site import AttentionSite, NearMiss
 from .substitute import substitute
+from .writes import Writes
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the rewrites of one graph share.
+
+    Attributes:
+        gradients: whether any will be asked for; None if the tensors' `requires_grad` tells.
+    """
+
+    writes: Writes
+    masks: MaskAnalysis
+    gradients: bool | None
+
+    @classmethod
+    def of(cls, graph: fx.Graph, gradients: bool | None) -> GraphFacts:
+        writes = Writes(graph)
+        return cls(writes, MaskAnalysis(writes), gradients)
 
 
 class AttentionRewrite(ABC):
     """One spelling of attention. `match` knows the spelling; the rest works on neutral records."""
 
     @abstractmethod
-    def match(self, node: fx.Node) -> AttentionSite | None:
-        """The attention whose result `node` computes, or None. Changes nothing."""
+    def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
+        """The attention that is anchored at `node`, or None. Changes nothing."""
 
-    def check(self, site: AttentionSite, policy: Policy) -> str | None:
+    def check(self, site: AttentionSite, policy: Policy, facts: GraphFacts) -> str | None:
         """Why the site must stay dense, in words for a user, or None."""
-        return refusal(site, policy)
+        return refusal(site, policy, facts.masks, facts.gradients)
 
-    def rewrite(self, site: AttentionSite, policy: Policy) -> None:
-        """Substitute piecewise sparse attention for the site."""
-        substitute(site, policy)
+    def rewrite(self, site: AttentionSite, policy: Policy, facts: GraphFacts) -> None:
+        """Substitute piecewise sparse attention for a site that passed the check."""
+        substitute(site, policy, facts.masks)

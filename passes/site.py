@@ -2,33 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..policy import Policy
+from .axes import Step as Step
+from .emit import emit
+from .fake import example
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor of the graph as seen through method calls that only rearrange it."""
+
+    node: fx.Node
+    steps: tuple[Step, ...] = ()
+
+    def example(self) -> Tensor:
+        """The fake value of the view."""
+        value: Tensor = example(self.node)
+        if not self.steps:
+            return value
+        with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+            for method, arguments in self.steps:
+                value = getattr(value, method)(*arguments)
+        return value
+
+    def emit(self, like: fx.Node) -> fx.Node:
+        """Make the view in the graph, at the insertion point."""
+        node = self.node
+        for method, arguments in self.steps:
+            node = emit(like, method, (node, *arguments), {})
+        return node
+
+    def then(self, *steps: Step) -> View:
+        return View(self.node, (*self.steps, *steps))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One restriction of who attends whom, a view that broadcasts to [B, H, Tq, Tk].
+
+    "allow" is boolean and True where a key takes part, "block" the opposite; "add" is added to the
+    logits, `sign` times and then multiplied by `scale`.
+    """
+
+    kind: Literal["allow", "block", "add"]
+    view: View
+    sign: int = 1
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """softmax(scale * query @ key^T + mask) @ value, computed by `node`.
+    """softmax(scale * query @ key^T + masks) @ value, computed by `node`.
 
-    Tensors are graph nodes, [B, H, T, D] or [N, T, D]. `scale` is None for `D ** -0.5`.
+    Attributes:
+        query, key, value: views [B, H, T, D]; with `enable_gqa` key and value have fewer heads.
+        dtype: what the op computes in; the result is cast to the dtype of `node`.
+        scale: None for `D ** -0.5`.
+        factors: tensors that multiply ("mul") or divide ("div") the query, as views that broadcast
+            with it.
+        result: how to get from [B, H, Tq, E] to the axes of `node`.
+        interior: other nodes of the spelling, which go when `node` goes.
     """
+
+    node: fx.Node
+    query: View
+    key: View
+    value: View
+    dtype: torch.dtype
+    masks: tuple[Mask, ...] = ()
+    dropout: bool = False
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    factors: tuple[tuple[str, View], ...] = ()
+    result: tuple[Step, ...] = ()
+    interior: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Attention by all appearance, spelled in a way that cannot be replaced."""
 
     node: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    attn_mask: fx.Node | None
-    dropout: bool
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -54,64 +119,6 @@ class Decision:
     replaced: bool
     reason: str
     policy: Policy
-
-
-def example(node: fx.Node) -> Any:
-    """The fake value of a node: Dynamo keeps it as `example_value`, export and make_fx as `val`."""
-    return node.meta[example_key(node)]
-
-
-def example_key(node: fx.Node) -> str:
-    return "example_value" if "example_value" in node.meta else "val"
-
-
-def emit(
-    like: fx.Node, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> fx.Node:
-    """Insert a call (a method if `target` is a string) with true fake-tensor metadata.
-
-    Origin and module stack are copied from `like`, so later passes and error messages know where
-    the call comes from.
-    """
-    graph = like.graph
-    if isinstance(target, str):
-        node = graph.call_method(target, args, kwargs)
-    else:
-        node = graph.call_function(target, args, kwargs)
-    node.meta.update(like.meta)
-    fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), example)
-    with example(like).fake_mode, torch.no_grad():
-        if isinstance(target, str):
-            value = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
-        else:
-            value = target(*fake_args, **fake_kwargs)
-    node.meta[example_key(like)] = value
-    return node
-
-
-def number(argument: Any) -> float | None:
-    """A Python number for a number, a symbolic number or a node that holds one.
-
-    Dynamic shapes turn float arguments into graph inputs. Reading one installs a guard, which is
-    right: another value is another graph.
-    """
-    if isinstance(argument, fx.Node):
-        argument = example(argument)
-    return None if argument is None else float(argument)
-
-
-def is_zero(argument: Any) -> bool:
-    if isinstance(argument, fx.Node):
-        argument = example(argument)
-    return bool(guard_or_false(argument == 0))
-
-
-def sizes(tensor: Tensor) -> tuple[int, ...]:
-    """Sizes for a report. A symbolic size gives the traced value and no guard; unknown is -1."""
-    return tuple(
-        size if isinstance(size, int) else (size.node.hint if size.node.has_hint() else -1)
-        for size in tensor.shape
-    )
 
 
 def module_stack(node: fx.Node) -> tuple[tuple[str, str], ...]:

@@ -9,32 +9,46 @@ from torch import Tensor, fx
 
 from .. import ops as ops  # registers torch.ops.pisa
 from ..policy import Policy
-from .site import AttentionSite, emit, example
+from .emit import emit
+from .fake import example
+from .masks import MaskAnalysis, Padding
+from .site import AttentionSite
 
 
-def substitute(site: AttentionSite, policy: Policy) -> None:
-    """Replace `site.node` in its graph; the node is erased, everything else is left alone."""
+def substitute(site: AttentionSite, policy: Policy, masks: MaskAnalysis) -> None:
+    """Replace `site.node` and what only led to it; everything else in the graph is left alone."""
     node = site.node
-    expected = example(node)
-    inputs = [site.query, site.key, site.value]
+    padding = masks.padding(site)
+    assert isinstance(padding, Padding)
     with node.graph.inserting_before(node):
-        if any(example(x).dtype != expected.dtype for x in inputs):
-            # Under autocast the op sees what SDPA would have cast its inputs to.
-            inputs = [emit(node, "to", (x, expected.dtype), {}) for x in inputs]
-        single_head = expected.dim() == 3
-        if single_head:
-            inputs = [emit(node, "unsqueeze", (x, 1), {}) for x in inputs]
-        out = emit(
-            node,
-            torch.ops.pisa.attention.default,
-            (*inputs, site.attn_mask),
-            _settings(site, policy),
-        )
-        if single_head:
-            out = emit(node, "squeeze", (out, 1), {})
-        out = _in_layout_of(expected, out, node)
+        out = _result(site, _attention(site, policy, padding))
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
+    for inner in sorted(site.interior, reverse=True):
+        if not inner.users:
+            inner.graph.erase_node(inner)
+
+
+def _attention(site: AttentionSite, policy: Policy, padding: Padding) -> fx.Node:
+    node = site.node
+    query = site.query.emit(node)
+    for operation, factor in site.factors:
+        function = torch.mul if operation == "mul" else torch.div
+        query = emit(node, function, (query, factor.emit(node)), {})
+    inputs = [query, site.key.emit(node), site.value.emit(node)]
+    # Under autocast the op sees what the attention would have cast its inputs to.
+    inputs = [_cast(x, site.dtype, node) for x in inputs]
+    out = emit(
+        node,
+        torch.ops.pisa.attention.default,
+        (*inputs, padding.emit_keys(node)),
+        _settings(site, policy),
+    )
+    valid_rows = padding.emit_rows(node)
+    if valid_rows is not None:
+        invalid = emit(node, torch.logical_not, (valid_rows,), {})
+        out = emit(node, "masked_fill", (out, invalid, 0.0), {})
+    return out
 
 
 def _settings(site: AttentionSite, policy: Policy) -> dict[str, Any]:
@@ -53,6 +67,18 @@ def _settings(site: AttentionSite, policy: Policy) -> dict[str, Any]:
         "impl": policy.impl,
     }
     return settings | {name: value for name, value in optional.items() if value is not None}
+
+
+def _result(site: AttentionSite, out: fx.Node) -> fx.Node:
+    expected = example(site.node)
+    for method, arguments in site.result:
+        out = emit(site.node, method, (out, *arguments), {})
+    out = _cast(out, expected.dtype, site.node)
+    return _in_layout_of(expected, out, site.node)
+
+
+def _cast(x: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    return x if example(x).dtype == dtype else emit(like, "to", (x, dtype), {})
 
 
 def _in_layout_of(expected: Tensor, out: fx.Node, like: fx.Node) -> fx.Node:
@@ -83,4 +109,10 @@ def _is_one(size: Any) -> bool:
 
 def _comparable(stride: Any) -> int:
     # Only the order matters, which the traced sizes give without a guard.
-    return stride if isinstance(stride, int) else int(stride.node.hint)
+    if isinstance(stride, int):
+        return stride
+    if stride.node.has_hint():
+        return int(stride.node.hint)
+    # Sizes that are only known at run time: any large ones show the same order.
+    expression = stride.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 4096)))

@@ -23,6 +23,7 @@ from .kernels.params import AttentionParams
 _Target = TypeVar("_Target")
 _KEY = "_pisa_policy"
 _OUTER_FORWARD = "_pisa_outer_forward"
+_FORWARD_CLASS = "_pisa_forward_class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,11 +239,17 @@ def _attach_to_instance(module: nn.Module, value: Policy) -> None:
     if _KEY not in vars(module):
         # A hook may have put its own forward on the instance; ours goes around it.
         setattr(module, _OUTER_FORWARD, vars(module).get("forward"))
+        owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        setattr(module, _FORWARD_CLASS, owner)
         module.forward = functools.partial(_instance_forward, module)
     setattr(module, _KEY, _key("instance", value))
 
 
 def _instance_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    outer = getattr(self, _OUTER_FORWARD)
-    forward = functools.partial(type(self).forward, self) if outer is None else outer
+    forward = getattr(self, _OUTER_FORWARD)
+    if forward is None:
+        # Not `type(self).forward`: Dynamo cannot trace that for a class marked `allow_in_graph`, as
+        # the transformer blocks of diffusers are. It does not trace a walk over `__mro__` either.
+        function = getattr(self, _FORWARD_CLASS).__dict__["forward"]
+        forward = functools.partial(function, self)
     return call_annotated(getattr(self, _KEY), forward, *args, **kwargs)

@@ -44,16 +44,17 @@ def test_imports_run_one_way(layer: str) -> None:
         assert others <= LAYERS[layer], f"{file} imports {others - LAYERS[layer]}"
 
 
-def test_importing_the_package_imports_neither_triton_nor_extras() -> None:
-    blocked = ("triton", "diffusers", "rich", "matplotlib", "numpy", "safetensors")
+def test_package_runs_where_triton_and_the_extras_cannot_be_imported() -> None:
     code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import pisa_compile, pisa_compile.backend\n"
-        f"print([m for m in {blocked} if m in set(sys.modules) - before])"
+        "import sys\n"
+        "for name in ('triton', 'diffusers', 'rich', 'matplotlib', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, pisa_compile, pisa_compile.backend\n"
+        "q = torch.randn(1, 1, 200, 16)\n"
+        "print(bool(pisa_compile.attention(q, q, q, sparsity=0.5).isfinite().all()))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.strip() == "True"
 
 
 def test_public_surface() -> None:

@@ -3,7 +3,14 @@
 Everything from a model library is imported when a case is built, never here.
 """
 
-from . import classic as classic  # each module registers its cases
+# Importing these registers their cases.
+from . import flux_like as flux_like
+from . import image as image
+from . import other as other
+from . import plain as plain
+from . import video as video
+from . import video_joint as video_joint
 from .case import CASES as CASES
 from .case import Case as Case
+from .case import diffusers_classes as diffusers_classes
 from .case import outputs as outputs

@@ -27,12 +27,14 @@ class Case:
         cls: returns the class; imports its library.
         config: keyword arguments of the constructor.
         make_inputs: keyword arguments of the forward, random from a fixed seed.
+        prepare: changes the model after construction.
     """
 
     name: str
     cls: Callable[[], type[nn.Module]]
     config: Callable[[], Config]
     make_inputs: Callable[[], Inputs]
+    prepare: Callable[[nn.Module], None] | None = None
 
     def build(self) -> nn.Module:
         """A model in evaluation mode, the same at every call."""
@@ -40,6 +42,8 @@ class Case:
             warnings.simplefilter("ignore")  # deprecations inside the model library
             model = self.cls()(**self.config()).eval().requires_grad_(False)
             randomise(model)
+            if self.prepare is not None:
+                self.prepare(model)
         return model
 
     def inputs(self) -> Inputs:
@@ -57,13 +61,16 @@ def diffusers_case(name: str, **config: Any) -> Callable[[Callable[[], Inputs]],
 
 
 def case(
-    name: str, cls: Callable[[], type[nn.Module]], **config: Any
+    name: str,
+    cls: Callable[[], type[nn.Module]],
+    prepare: Callable[[nn.Module], None] | None = None,
+    **config: Any,
 ) -> Callable[[Callable[[], Inputs]], Case]:
     """Register the decorated function as inputs of the model `cls()(**config)`."""
 
     def register(make_inputs: Callable[[], Inputs]) -> Case:
         assert name not in CASES, name
-        CASES[name] = Case(name, cls, lambda: dict(config), make_inputs)
+        CASES[name] = Case(name, cls, lambda: dict(config), make_inputs, prepare)
         return CASES[name]
 
     return register
@@ -78,9 +85,9 @@ def randomise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         noise = torch.randn_like(parameter)
-        if parameter.dim() >= 2 and leaf == "weight":
+        if parameter.dim() >= 2 and (leaf == "weight" or leaf.endswith("_proj")):
             embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-            fan_in = 1 if embedding else parameter[0].numel()
+            fan_in = 1 if embedding else parameter[0].numel() or 1
             parameter.copy_(noise * 1.2 / fan_in**0.5)
         elif leaf == "weight":  # of a norm
             parameter.copy_(1.0 + 0.2 * noise)
@@ -102,9 +109,9 @@ def diffusers_classes() -> dict[str, type[nn.Module]]:
     for module_info in pkgutil.iter_modules(transformers.__path__):
         module = importlib.import_module(f"{transformers.__name__}.{module_info.name}")
         for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, ModelMixin):
-                if value.__module__ == module.__name__:
-                    found[name] = value
+            model = isinstance(value, type) and issubclass(value, ModelMixin)
+            if model and value.__module__ == module.__name__:
+                found[name] = value
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the interpreted tests share: one call on poisoned memory, compared with the specification."""
+"""What the interpreted tests share: a call on poisoned memory against the specification."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from pisa_compile.kernels.testing import (
     specified,
 )
 
-# Float32 arithmetic in another order; the reference in float32 is off by 1 to 2e-7 itself.
-FLOAT32_TOLERANCE = 1e-6
+# Float32 arithmetic in another order may be this much worse than the reference's in float32.
+TOLERANCE_FACTOR = 4.0
 SETTINGS = ("sparsity", "block_size", "routing", "order", "exact", "scale")
 
 
 def case(**options: Any) -> tuple[Inputs, AttentionParams]:
     """Inputs and settings from one flat list of options."""
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
-    inputs = random_inputs(**{"query_len": 200, **options})
+    inputs = random_inputs(**{"query_len": 200, "heads": 1, **options})
     scale = settings.pop("scale", inputs.query.shape[-1] ** -0.5)
     return inputs, AttentionParams(scale=scale, **{"sparsity": 0.6, **settings})
 
@@ -45,22 +45,33 @@ def assert_specified(
     inputs: Inputs,
     params: AttentionParams,
     *,
-    tolerance: float = FLOAT32_TOLERANCE,
-    lse_tolerance: float = 4e-6,
+    tolerance: float = 0.0,
+    lse_tolerance: float = 0.0,
 ) -> None:
-    """The kernels agree with the float64 specification, for inputs without near-ties."""
+    """The kernels agree with the float64 specification, for inputs without near-ties.
+
+    The error may be TOLERANCE_FACTOR times that of the reference in float32, or as given.
+    """
     assert routing_gap(inputs, params) > 1e-5, "the test's inputs have a near-tie: change the seed"
+    expected = specified(inputs, params)
+    reference_out, reference_lse = reference.attention(*inputs.to(torch.float32).astuple(), params)
     out, lse = run(inputs, params)
-    expected, expected_lse = specified(inputs, params)
     assert out.dtype == inputs.query.dtype
     assert out.transpose(1, 2).is_contiguous()
     assert lse.dtype == torch.float32
-    empty = expected_lse == -torch.inf
+    empty = expected[1] == -torch.inf
     assert torch.equal(lse == -torch.inf, empty)
     assert not out[empty].any()
-    assert relative_l2(out, expected) < tolerance
-    difference = (lse - expected_lse)[~empty].abs()
-    assert difference.numel() == 0 or float(difference.max()) < lse_tolerance
+    own = relative_l2(reference_out, expected[0])
+    assert relative_l2(out, expected[0]) <= max(tolerance, TOLERANCE_FACTOR * own)
+    own = _largest_difference(reference_lse, expected[1])
+    rounding = 2.4e-7 * _largest_difference(expected[1].clamp(min=-1e30), torch.zeros(()))
+    assert _largest_difference(lse, expected[1]) <= max(lse_tolerance, rounding, 4 * own)
+
+
+def _largest_difference(ours: Tensor, expected: Tensor) -> float:
+    difference = (ours - expected)[ours > -1e29].abs()
+    return float(difference.max()) if difference.numel() else 0.0
 
 
 def routing_gap(inputs: Inputs, params: AttentionParams) -> float:

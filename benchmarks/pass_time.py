@@ -1,0 +1,162 @@
+"""How long the rewrite takes beside Inductor, and how it grows with the graph.
+
+    python benchmarks/pass_time.py --output benchmarks/results/pass_time.json
+
+Builds FLUX's transformer from diffusers with its 19 double and 38 single blocks at a tiny width,
+and measures with Python's clock inside one compilation: what Dynamo needs to trace it, the rewrite,
+and Inductor. Then the rewrite alone for a growing number of blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import fx, nn
+
+from pisa_compile.passes import rewrite_attention
+from pisa_compile.policy import Policy
+
+POLICY = Policy(min_tokens=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON record to write")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of the rewrite per size")
+    parser.add_argument("--skip-inductor", action="store_true", help="measure the rewrite alone")
+    arguments = parser.parse_args()
+    growth = [measure_rewrite(blocks, arguments.repeats) for blocks in (7, 14, 28, 57, 114)]
+    record: dict[str, Any] = {
+        "benchmark": "pass_time",
+        "model": "FluxTransformer2DModel, 19 double and 38 single blocks, 2 heads of 16",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "growth": growth,
+        "seconds_per_node_spread": _spread([g["seconds_per_node"] for g in growth]),
+    }
+    if not arguments.skip_inductor:
+        record["compilation"] = measure_compilation()
+    text = json.dumps(record, indent=2)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n")
+
+
+def flux(double: int, single: int) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 64, 4),
+        "encoder_hidden_states": torch.randn(1, 16, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([1.0]),
+        "img_ids": torch.randn(64, 3),
+        "txt_ids": torch.randn(16, 3),
+    }
+    return model, inputs
+
+
+def compile_with(backend: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> float:
+    """Seconds until the model has run once."""
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    return time.perf_counter() - start
+
+
+def measure_rewrite(blocks: int, repeats: int) -> dict[str, Any]:
+    """Median time of the rewrite on a model with a third of its blocks double."""
+    model, inputs = flux(blocks // 3, blocks - blocks // 3)
+    seconds, nodes, replaced = [], 0, 0
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        nonlocal nodes, replaced
+        nodes = len(gm.graph.nodes)
+        for _ in range(repeats):
+            fresh = fx.GraphModule(gm, _copied(gm.graph))
+            start = time.perf_counter()
+            decisions = rewrite_attention(fresh, POLICY)
+            seconds.append(time.perf_counter() - start)
+            replaced = sum(decision.replaced for decision in decisions)
+        return gm.forward
+
+    compile_with(backend, model, inputs)
+    median = statistics.median(seconds)
+    return {
+        "blocks": blocks,
+        "nodes": nodes,
+        "replaced": replaced,
+        "seconds_median": median,
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "seconds_per_node": median / nodes,
+    }
+
+
+def measure_compilation() -> dict[str, Any]:
+    """The parts of one compilation of the 57-block model, from an empty Inductor cache."""
+    from torch._inductor.compile_fx import compile_fx
+
+    model, inputs = flux(19, 38)
+    parts: dict[str, float] = {}
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        start = time.perf_counter()
+        rewrite_attention(gm, POLICY)
+        parts["rewrite"] = time.perf_counter() - start
+        start = time.perf_counter()
+        patches = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+        parts["inductor"] = time.perf_counter() - start
+        return compiled
+
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        parts["total"] = compile_with(backend, model, inputs)
+    return {
+        "seconds": parts,
+        "rewrite_share_of_inductor": parts["rewrite"] / parts["inductor"],
+    }
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy, copies = fx.Graph(), {}
+    copy.output(copy.graph_copy(graph, copies))
+    return copy
+
+
+def _spread(values: list[float]) -> float:
+    """Largest over smallest: 1 for perfectly linear growth."""
+    return max(values) / min(values)
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Piecewise sparse attention on the CPU: the native library where it runs, else torch operators."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from torch import Tensor
+
+from ..params import AttentionParams
+from . import native, torch_path
+
+__all__ = ["attention"]
+
+_log = logging.getLogger(__name__)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.reference.attention`, for CPU tensors."""
+    reason = native.unavailable() or native.unsupported(query, value, params)
+    if reason is None:
+        return native.attention(query, key, value, key_mask, params)
+    _say_once(reason)
+    return torch_path.attention(query, key, value, key_mask, params)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    _log.warning("attention runs on torch operators, slower than the native library: %s", reason)

@@ -1,0 +1,212 @@
+"""The native library: loading, and one call of it.
+
+The library has a plain C interface (`src/pisa.h`) and depends on nothing but the C library, so
+one file serves every version of Python and torch. It starts its own threads; `ctypes` releases
+the interpreter lock for the duration of a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..params import AttentionParams, block_count, exact_block_count, free_blocks
+
+LIBRARY = Path(__file__).with_name("_pisa_cpu.so")
+ABI_VERSION = 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROUTINGS = {"topk": 0, "topk_covariance": 1, "threshold": 2}
+_ORDERS = {"none": 0, "zeroth": 1, "hybrid": 2}
+_MAX_HEAD_DIM = 1024
+_ALIGNMENT = 64  # bytes
+
+_Strides = ctypes.c_int64 * 3
+
+
+class _Call(ctypes.Structure):
+    """Mirror of `pisa::Call` in src/pisa.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "out", "lse")),
+        ("workspace", ctypes.c_void_p),
+        ("parallel", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("query_len", "key_len", "head_dim", "value_dim")),
+        *((f"{name}_stride", _Strides) for name in ("query", "key", "value", "out")),
+        ("block", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("free_first", "free_last")),
+        *((name, ctypes.c_int64) for name in ("query_first", "query_last")),
+        ("top_k", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("beta", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("dtype", "routing", "order", "threads")),
+    ]
+
+
+class NativeUnavailableError(RuntimeError):
+    """The library cannot be used; the message says why and what to do."""
+
+
+@cache
+def library(path: Path = LIBRARY) -> ctypes.CDLL:
+    """Load the library and check that it matches this module and its own sources."""
+    from .build import source_digest  # here, so that `python -m ...build` is not imported twice
+
+    advice = "run `python -m pisa_compile.kernels.cpu.build` with a C++ compiler installed"
+    if not path.exists():
+        raise NativeUnavailableError(f"{path.name} has not been built: {advice}")
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.pisa_abi_version.restype = ctypes.c_int32
+        loaded.pisa_call_size.restype = ctypes.c_int64
+        loaded.pisa_source_digest.restype = ctypes.c_char_p
+        loaded.pisa_variant.restype = ctypes.c_char_p
+        loaded.pisa_variant.argtypes = [ctypes.c_int32]
+        loaded.pisa_workspace_floats.restype = ctypes.c_int64
+        loaded.pisa_workspace_floats.argtypes = [ctypes.POINTER(_Call)]
+        loaded.pisa_attention.restype = ctypes.c_int32
+        loaded.pisa_attention.argtypes = [ctypes.POINTER(_Call), ctypes.c_int32]
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailableError(f"{path.name} cannot be loaded ({error}): {advice}") from error
+    version, size = loaded.pisa_abi_version(), loaded.pisa_call_size()
+    if (version, size) != (ABI_VERSION, ctypes.sizeof(_Call)):
+        raise NativeUnavailableError(
+            f"{path.name} has interface {version} with {size}-byte calls, expected {ABI_VERSION} "
+            f"with {ctypes.sizeof(_Call)}: {advice}"
+        )
+    built, current = loaded.pisa_source_digest().decode(), source_digest()
+    if current and built != current:
+        raise NativeUnavailableError(f"{path.name} is older than its sources: {advice}")
+    return loaded
+
+
+def variants(path: Path = LIBRARY) -> tuple[str, ...]:
+    """Instruction sets that the library has and this processor supports, best first."""
+    names: list[str] = []
+    while (name := library(path).pisa_variant(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+@cache
+def _openmp_team() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, or None.
+
+    Not a dependency: without it the library starts threads of its own. But OpenMP's workers spin
+    for a while after each of torch's operators, each on its core, and a second set of threads
+    would have to share the cores with them.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the library cannot be loaded, or None. Asked once per process."""
+    try:
+        library()
+    except NativeUnavailableError as error:
+        return str(error)
+    return None
+
+
+def unsupported(query: Tensor, value: Tensor, params: AttentionParams) -> str | None:
+    """Why the library cannot compute this call, or None."""
+    if params.order not in _ORDERS:
+        return f"order {params.order!r} is computed by the torch path only"
+    if query.dtype not in _DTYPES:
+        return f"dtype {query.dtype} is computed by the torch path only"
+    if max(query.shape[3], value.shape[3]) > _MAX_HEAD_DIM:
+        return f"head_dim above {_MAX_HEAD_DIM} is computed by the torch path only"
+    return None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+    *,
+    variant: str | None = None,
+    threads: int | None = None,
+    team: str = "openmp",
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.reference.attention`, on float32, bfloat16 or float16 CPU tensors.
+
+    Args:
+        query: [B, H, Tq, D]. Tensors are read in place when their last stride is 1.
+        key: [B, G, Tk, D].
+        value: [B, G, Tk, E].
+        key_mask: boolean [B, Tk] or None.
+        params: validated settings.
+        variant: instruction set, one of `variants()`; the best one by default.
+        threads: `torch.get_num_threads()` by default.
+        team: "openmp" to run on torch's own threads where they can be reached, "own" not to.
+    """
+    reason = unsupported(query, value, params)
+    if reason is not None:
+        raise NativeUnavailableError(reason)
+    native = library()
+    batch, heads, query_len, head_dim = query.shape
+    key_len, value_dim = value.shape[2:]
+    out = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, query_len, dtype=torch.float32)
+    if out.numel() == 0 or key_len == 0:
+        # Nothing to read: no rows, or rows without keys.
+        return out.zero_(), lse.fill_(-torch.inf)
+
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    mask = None if key_mask is None else key_mask.contiguous()
+    free_first, free_last = free_blocks(key_len, params)
+    query_first, query_last = 0, block_count(query_len, params.block_size)
+    if query_len == key_len and params.exact != (0, 0):
+        query_first, query_last = free_blocks(query_len, params)
+    dense = params.sparsity == 0 or free_first >= free_last
+    call = _Call(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        mask=None if mask is None else mask.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        parallel=_openmp_team() if team == "openmp" else None,
+        batch=batch,
+        heads=heads,
+        kv_heads=key.shape[1],
+        query_len=query_len,
+        key_len=key_len,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        query_stride=_Strides(*query.stride()[:3]),
+        key_stride=_Strides(*key.stride()[:3]),
+        value_stride=_Strides(*value.stride()[:3]),
+        out_stride=_Strides(*out.stride()[:3]),
+        block=params.block_size,
+        free_first=free_first,
+        free_last=free_last,
+        query_first=query_first,
+        query_last=query_last,
+        top_k=0 if dense else exact_block_count(params.density, free_last - free_first),
+        scale=params.scale,
+        beta=0.0 if dense else params.threshold_beta,
+        dtype=_DTYPES[query.dtype],
+        routing=_ROUTINGS[params.routing],
+        order=_ORDERS[params.order],
+        threads=torch.get_num_threads() if threads is None else threads,
+    )
+    # From torch's allocator, so that its memory accounting and its tests see the workspace.
+    floats = native.pisa_workspace_floats(ctypes.byref(call))
+    workspace = torch.empty(floats + _ALIGNMENT // 4, dtype=torch.float32)
+    call.workspace = -(-workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    chosen = 0 if variant is None else variants().index(variant)
+    status = native.pisa_attention(ctypes.byref(call), chosen)
+    if status != 0:
+        raise MemoryError(f"the native attention library failed with status {status}")
+    return out, lse

@@ -1,0 +1,273 @@
+"""The CPU path without a compiler: torch operators, one attention head per worker thread.
+
+Many small operators on few cores lose more to OpenMP regions than they gain, and collapse when
+another process holds a core. So every worker runs with a single intra-op thread and takes whole
+heads. Written per head, independently of the specification that it is tested against.
+
+Shapes: Tq and Tk tokens, D and E head dimensions of key and value, N key blocks, M query blocks,
+S tokens per block, C query blocks in a chunk, P gathered key blocks per query block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..params import AttentionParams, exact_block_count, free_blocks
+
+_COVARIANCE_EPS = 1e-6
+# Gathered keys and values and the logits of one chunk, per worker: about what a cache holds.
+_CHUNK_ELEMENTS = 1 << 20
+_COVARIANCE_BLOCKS = 64  # block matrices that are formed at a time
+# The number of intra-op threads is partly global, so only one call at a time may change it.
+_THREADS_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Keys and values of one head, cut into zero-padded blocks; masked tokens are zero."""
+
+    key: Tensor  # [N, S, D]
+    value: Tensor  # [N, S, E]
+    valid: Tensor  # [N, S]
+    length: Tensor  # [N]
+    key_mean: Tensor  # [N, D]
+    value_mean: Tensor  # [N, E]
+
+    def centred(self, blocks: slice = slice(None)) -> Tensor:
+        """Keys minus the mean of their block, zero where masked. [N, S, D]"""
+        centred = self.key[blocks] - self.key_mean[blocks, None]
+        return centred.masked_fill_(~self.valid[blocks, :, None], 0.0)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+    *,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.reference.attention`, for CPU tensors of any float dtype.
+
+    `threads` is the number of workers, `torch.get_num_threads()` by default.
+    """
+    batch, heads, query_len, _ = query.shape
+    key_len, value_dim = value.shape[2:]
+    out = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, query_len, dtype=torch.float32)
+    if out.numel() == 0 or key_len == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    group = heads // key.shape[1]
+
+    def head(b: int, h: int) -> None:
+        g = h // group
+        mask = None if key_mask is None else key_mask[b]
+        _head_attention(query[b, h], key[b, g], value[b, g], mask, params, out[b, h], lse[b, h])
+
+    jobs = [partial(head, b, h) for b in range(batch) for h in range(heads)]
+    _run(jobs, torch.get_num_threads() if threads is None else threads)
+    return out, lse
+
+
+def _run(jobs: Sequence[Callable[[], None]], threads: int) -> None:
+    """Run the jobs on `threads` workers with one intra-op thread each."""
+    threads = min(threads, len(jobs))
+    if threads <= 1:
+        for job in jobs:
+            job()
+        return
+
+    def work(job: Callable[[], None]) -> None:
+        # Both modes are thread-local; `out` may be an inference tensor, which only inference
+        # mode may write to.
+        with torch.inference_mode():
+            job()
+
+    with _THREADS_LOCK:
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(
+                threads, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                for future in [pool.submit(work, job) for job in jobs]:
+                    future.result()
+        finally:
+            torch.set_num_threads(before)
+
+
+def _head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """One head: `query` [Tq, D], `key` [Tk, D], `value` [Tk, E], into `out` [Tq, E], `lse` [Tq]."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    size, tokens = params.block_size, query.shape[0]
+    head = _cut(key, value, mask, size, dtype)
+    q = _blocks(query.to(dtype), size)  # [M, S, D]
+    selected = _select(q, tokens, key.shape[0], head, params)  # [M, N]
+    first_order = None
+    if params.order == "hybrid":
+        valid_keys = head.length.sum().clamp(min=1)
+        first_order = head.centred().flatten(0, 1).T @ head.value.flatten(0, 1)
+        first_order *= params.scale / valid_keys
+    ragged = mask is not None or key.shape[0] % size != 0
+
+    for chunk in _chunks(selected.sum(1), size * (key.shape[1] + value.shape[1] + size)):
+        rows, row_lse = _attend(q[chunk], selected[chunk], head, first_order, params, ragged)
+        for i, block in enumerate(chunk.tolist()):
+            start, end = block * size, min(tokens, (block + 1) * size)
+            out[start:end] = rows[i, : end - start]
+            lse[start:end] = row_lse[i, : end - start]
+
+
+def _cut(key: Tensor, value: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype) -> _Head:
+    tokens = key.shape[0]
+    valid = torch.ones(tokens, dtype=torch.bool) if mask is None else mask
+    valid = _blocks(valid[:, None], size)  # [N, S, 1]
+    key, value = _blocks(key.to(dtype), size), _blocks(value.to(dtype), size)
+    if mask is not None:  # a masked key may hold anything, NaN included
+        key, value = key.masked_fill(~valid, 0.0), value.masked_fill(~valid, 0.0)
+    length = valid.sum((1, 2))
+    divisor = length.clamp(min=1)[:, None]
+    return _Head(key, value, valid[..., 0], length, key.sum(1) / divisor, value.sum(1) / divisor)
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """`x` [T, D] as zero-padded contiguous blocks [ceil(T / size), size, D]."""
+    pad = -x.shape[0] % size
+    if pad:
+        x = torch.cat([x, x.new_zeros(pad, x.shape[1])])
+    return x.contiguous().view(-1, size, x.shape[1])
+
+
+def _select(
+    q: Tensor, query_len: int, key_len: int, head: _Head, params: AttentionParams
+) -> Tensor:
+    """The exact key blocks of every query block, boolean [M, N]."""
+    selected = head.length.gt(0).repeat(q.shape[0], 1)
+    first, last = free_blocks(key_len, params)
+    if params.sparsity == 0 or first >= last:
+        return selected
+    rows = torch.full((q.shape[0], 1), params.block_size, dtype=q.dtype)
+    rows[-1] -= -query_len % params.block_size
+    score = params.scale * ((q.sum(1) / rows) @ head.key_mean[first:last].T)
+    if params.routing == "topk_covariance":
+        score += _log_covariance(head)[first:last]
+    valid = selected[:, first:last].clone()
+    score.masked_fill_(~valid, -torch.inf)
+    if params.routing == "threshold":
+        count = valid.sum(1, keepdim=True).clamp(min=1)
+        mean = score.masked_fill(~valid, 0.0).sum(1, keepdim=True) / count
+        deviation = (score - mean).masked_fill_(~valid, 0.0)
+        sigma = (deviation.square().sum(1, keepdim=True) / count).sqrt()
+        free = score > mean + params.threshold_beta * sigma
+        free.scatter_(1, score.argmax(1, keepdim=True), True)
+    else:
+        best = score.topk(exact_block_count(params.density, last - first), dim=1).indices
+        free = torch.zeros_like(valid).scatter_(1, best, True)
+    selected[:, first:last] = free & valid
+    if query_len == key_len and params.exact != (0, 0):
+        dense = torch.ones(q.shape[0], 1, dtype=torch.bool)
+        dense[slice(*free_blocks(query_len, params))] = False
+        selected |= dense & head.length.gt(0)
+    return selected
+
+
+def _log_covariance(head: _Head) -> Tensor:
+    """`log(||H_j - Hbar|| + eps)` of every block. [N]"""
+    blocks = head.key.shape[0]
+    parts = [
+        slice(i, min(i + _COVARIANCE_BLOCKS, blocks)) for i in range(0, blocks, _COVARIANCE_BLOCKS)
+    ]
+    mean = head.centred().flatten(0, 1).T @ head.value.flatten(0, 1)
+    mean /= head.length.gt(0).sum().clamp(min=1)
+    norms = [
+        (head.centred(part).transpose(1, 2) @ head.value[part] - mean).flatten(1).norm(dim=1)
+        for part in parts
+    ]
+    return (torch.cat(norms) + _COVARIANCE_EPS).log()
+
+
+def _chunks(counts: Tensor, elements: int) -> Iterator[Tensor]:
+    """Query blocks in chunks of about equal numbers of exact blocks and bounded memory.
+
+    `counts` [M] exact blocks per query block, `elements` memory per exact block.
+    """
+    order = counts.argsort(descending=True, stable=True)
+    sorted_counts = counts[order].tolist()
+    start = 0
+    while start < len(sorted_counts):
+        length = max(1, _CHUNK_ELEMENTS // max(1, sorted_counts[start] * elements))
+        yield order[start : start + length]
+        start += length
+
+
+def _attend(
+    q: Tensor,
+    selected: Tensor,
+    head: _Head,
+    first_order: Tensor | None,
+    params: AttentionParams,
+    ragged: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` [C, S, D] with the exact blocks `selected` [C, N]: [C, S, E], [C, S]."""
+    counts = selected.sum(1)  # [C]
+    width = int(counts.max())
+    # Exact blocks first, in order; rows with fewer are filled up with blocks that are masked.
+    index = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    key = head.key[index].flatten(1, 2)  # [C, P * S, D]
+    logit = params.scale * (q @ key.transpose(1, 2))  # [C, S, P * S]
+    if ragged or int(counts.min()) < width:
+        used = torch.arange(width) < counts[:, None]  # [C, P]
+        keep = (head.valid[index] & used[..., None]).flatten(1)
+        logit.masked_fill_(~keep[:, None], -torch.inf)
+    approximated = (head.length > 0) & ~selected  # [C, N]
+    with_blocks = params.order != "none" and bool(approximated.any())
+    tokens = logit.shape[2]
+    if with_blocks:
+        block_logit = params.scale * (q @ head.key_mean.T)  # [C, S, N]
+        bias = head.length.clamp(min=1).to(q.dtype).log().masked_fill(~approximated, -torch.inf)
+        logit = torch.cat([logit, block_logit + bias[:, None]], dim=2)
+
+    if logit.shape[2] == 0:  # no valid key at all
+        return q.new_zeros(*q.shape[:2], head.value.shape[2]), q.new_full(q.shape[:2], -torch.inf)
+    peak = logit.amax(2)  # [C, S]
+    weight = logit.softmax(2)
+    # The largest weight is exp(peak - lse); both maxima are cheaper than a second exponential.
+    lse = peak - weight.amax(2).log()
+    nothing = peak == -torch.inf
+    if bool(nothing.any()):
+        weight.masked_fill_(nothing[..., None], 0.0)
+        lse.masked_fill_(nothing, -torch.inf)
+
+    out = weight[..., :tokens] @ head.value[index].flatten(1, 2)
+    if with_blocks:
+        block_weight = weight[..., tokens:]  # [C, S, N]
+        out += block_weight @ head.value_mean
+        if first_order is not None:
+            out += block_weight.sum(2, keepdim=True) * (q @ first_order)
+        elif params.order == "blockwise":
+            out += _blockwise(q, block_weight, head, params.scale)
+    return out, lse
+
+
+def _blockwise(q: Tensor, block_weight: Tensor, head: _Head, scale: float) -> Tensor:
+    """`sum_j exp(s(q, kbar_j)) * scale * q @ H_j` token by token, without forming any H_j."""
+    size = head.key.shape[1]
+    # exp(s(q, kbar_j)) is the block's weight divided by its length.
+    per_token = (block_weight / head.length.clamp(min=1)).repeat_interleave(size, dim=2)
+    linear = scale * (q @ head.centred().flatten(0, 1).T)  # [C, S, N * S]
+    return (per_token * linear) @ head.value.flatten(0, 1)

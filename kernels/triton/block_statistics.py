@@ -1,0 +1,205 @@
+"""What the approximation knows of each key block, from one pass over keys and values.
+
+Shapes (legend in primitives.py): K key blocks per program, S programs ("splits") per head.
+All results are float32; means are stored a second time in the input dtype for the tensor cores of
+the forward kernel. The order of every sum is fixed, so results repeat bit for bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def,misc,no-any-return"
+
+import triton
+import triton.language as tl
+
+from .primitives import dot, key_validity, load_tile
+
+
+@triton.jit
+def _block(
+    key, value, key_mask, start,
+    key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
+    d_columns, e_columns,
+    BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """One key block: validity, number of valid keys, keys and values (float32)."""
+    rows = tl.arange(0, BLOCK)
+    valid = key_validity(key_mask, start, rows, key_len, mask_stride_t)  # [B]
+    first = tl.cast(start, tl.int64)
+    k = load_tile(
+        key + first * key_stride_t, rows, d_columns, key_stride_t, key_stride_d, valid, D
+    )  # [B, D]
+    v = load_tile(
+        value + first * value_stride_t, rows, e_columns, value_stride_t, value_stride_d, valid, E
+    )  # [B, E]
+    length = tl.sum(valid.to(tl.float32), axis=0)
+    return valid, length, k, v
+
+
+@triton.jit
+def _centred_product(k, v, mean, valid, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """`accumulator + (K - mean)^T V`.
+
+    Centring before the product avoids the cancellation in `K^T V - b * mean^T vmean`, whose terms
+    grow with a vector that all keys share while their difference does not.
+    """
+    centred = tl.where(valid[:, None], k.to(tl.float32) - mean[None, :], 0.0)
+    return dot(tl.trans(centred.to(v.dtype)), v, accumulator, PRECISION, UPCAST)
+
+
+@triton.jit(do_not_specialize=["head_start", "key_len", "blocks", "blocks_per_split"])
+def block_statistics_kernel(
+    key,  # [B, G, Tk, D]
+    value,  # [B, G, Tk, E]
+    key_mask,  # uint8 [B, Tk] or None
+    key_mean,  # out float32 [heads, blocks, D]
+    key_mean_low,  # out [heads, blocks, D] in the input dtype, or None where that is float32
+    value_mean,  # out [heads, blocks, E] in the input dtype
+    log_weight,  # out float32 [heads, blocks]: log of the number of valid keys, -inf for none
+    partial,  # out float32 [heads, S, D, E], or None
+    partial_counts,  # out float32 [heads, S, 2]: valid keys, blocks that have any
+    key_stride_b, key_stride_h, key_stride_t, key_stride_d,
+    value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    mask_stride_b, mask_stride_t,
+    head_start, kv_heads, key_len, blocks, blocks_per_split,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_TILE: tl.constexpr,
+    E_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    split, tile, local_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    e_tiles: tl.constexpr = (E + E_TILE - 1) // E_TILE
+    d_tile, e_tile = tile // e_tiles, tile % e_tiles
+    head = head_start + local_head
+    batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    key += batch * key_stride_b + kv_head * key_stride_h
+    value += batch * value_stride_b + kv_head * value_stride_h
+    if key_mask is not None:
+        key_mask += batch * mask_stride_b
+    row0 = local_head.to(tl.int64) * blocks
+    d_columns = d_tile * D_TILE + tl.arange(0, D_TILE)
+    e_columns = e_tile * E_TILE + tl.arange(0, E_TILE)
+
+    first_order = tl.zeros([D_TILE, E_TILE], tl.float32)
+    keys_seen, blocks_seen = 0.0, 0.0
+    for block in tl.range(
+        split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)
+    ):
+        valid, length, k, v = _block(
+            key, value, key_mask, block * BLOCK,
+            key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
+            d_columns, e_columns, BLOCK, D, E,
+        )  # fmt: skip
+        divisor = tl.maximum(length, 1.0)
+        mean = tl.sum(k.to(tl.float32), axis=0) / divisor  # [D]
+        if partial is not None:
+            first_order = _centred_product(k, v, mean, valid, first_order, PRECISION, UPCAST)
+        keys_seen += length
+        blocks_seen += tl.where(length > 0, 1.0, 0.0)
+
+        row = row0 + block
+        if e_tile == 0:
+            tl.store(key_mean + row * D + d_columns, mean, mask=d_columns < D)
+            if key_mean_low is not None:
+                low = mean.to(key_mean_low.dtype.element_ty)
+                tl.store(key_mean_low + row * D + d_columns, low, mask=d_columns < D)
+        if d_tile == 0:
+            low = (tl.sum(v.to(tl.float32), axis=0) / divisor).to(value_mean.dtype.element_ty)
+            tl.store(value_mean + row * E + e_columns, low, mask=e_columns < E)
+        if tile == 0:
+            weight = tl.where(length > 0, tl.log(divisor), float("-inf"))
+            tl.store(log_weight + row, weight)
+
+    splits = tl.num_programs(0)
+    place = local_head.to(tl.int64) * splits + split
+    if partial is not None:
+        offsets = d_columns[:, None] * E + e_columns[None, :]
+        inside = (d_columns < D)[:, None] & (e_columns < E)[None, :]
+        tl.store(partial + place * (D * E) + offsets, first_order, mask=inside)
+    if tile == 0:
+        tl.store(partial_counts + place * 2, keys_seen)
+        tl.store(partial_counts + place * 2 + 1, blocks_seen)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def first_order_kernel(
+    partial,  # float32 [heads, S, D * E]
+    partial_counts,  # float32 [heads, S, 2]
+    first_order,  # out [heads, D * E] in the input dtype, or None: scale * H / valid keys
+    mean_matrix,  # out float32 [heads, D * E], or None: H / valid blocks
+    scale,
+    splits,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    offsets = tile * TILE + tl.arange(0, TILE)
+    inside = offsets < SIZE
+    total = tl.zeros([TILE], tl.float32)
+    keys, blocks = 0.0, 0.0
+    for split in tl.range(0, splits):
+        place = head * splits + split
+        total += tl.load(partial + place * SIZE + offsets, mask=inside, other=0.0)
+        keys += tl.load(partial_counts + place * 2)
+        blocks += tl.load(partial_counts + place * 2 + 1)
+    if first_order is not None:
+        # Divided here and not later: H itself overflows float16 at a hundred thousand tokens.
+        scaled = (total * (scale / tl.maximum(keys, 1.0))).to(first_order.dtype.element_ty)
+        tl.store(first_order + head * SIZE + offsets, scaled, mask=inside)
+    if mean_matrix is not None:
+        tl.store(mean_matrix + head * SIZE + offsets, total / tl.maximum(blocks, 1.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["head_start", "key_len", "blocks"])
+def covariance_kernel(
+    key,  # [B, G, Tk, D]
+    value,  # [B, G, Tk, E]
+    key_mask,  # uint8 [B, Tk] or None
+    key_mean,  # float32 [heads, blocks, D]
+    mean_matrix,  # float32 [heads, D, E]
+    score_bias,  # out float32 [heads, blocks]: log(||H_j - mean|| + EPS)
+    key_stride_b, key_stride_h, key_stride_t, key_stride_d,
+    value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    mask_stride_b, mask_stride_t,
+    head_start, kv_heads, key_len, blocks,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_TILE: tl.constexpr,
+    E_TILE: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The matrix of a block lives in registers, tile by tile, and is never written."""
+    block, local_head = tl.program_id(0), tl.program_id(1)
+    head = head_start + local_head
+    batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    key += batch * key_stride_b + kv_head * key_stride_h
+    value += batch * value_stride_b + kv_head * value_stride_h
+    if key_mask is not None:
+        key_mask += batch * mask_stride_b
+    row = local_head.to(tl.int64) * blocks + block
+    mean_matrix += local_head.to(tl.int64) * (D * E)
+
+    square = 0.0
+    for d_start in tl.range(0, D, D_TILE):
+        d_columns = d_start + tl.arange(0, D_TILE)
+        mean = tl.load(key_mean + row * D + d_columns, mask=d_columns < D, other=0.0)
+        for e_start in tl.range(0, E, E_TILE):
+            e_columns = e_start + tl.arange(0, E_TILE)
+            valid, _, k, v = _block(
+                key, value, key_mask, block * BLOCK,
+                key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
+                d_columns, e_columns, BLOCK, D, E,
+            )  # fmt: skip
+            inside = (d_columns < D)[:, None] & (e_columns < E)[None, :]
+            offsets = d_columns[:, None] * E + e_columns[None, :]
+            average = tl.load(mean_matrix + offsets, mask=inside, other=0.0)  # [D, E]
+            zero = tl.zeros([D_TILE, E_TILE], tl.float32)
+            own = _centred_product(k, v, mean, valid, zero, PRECISION, UPCAST)
+            deviation = own - average
+            # One axis at a time fails to compile for sm_100 in triton 3.6 and 3.7.
+            square += tl.sum(deviation * deviation)
+    tl.store(score_bias + row, tl.log(tl.sqrt(square) + EPS))

@@ -1,0 +1,170 @@
+"""All sizes that the launches of one call depend on. Plain integers, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..params import AttentionParams, block_count, exact_block_count, free_blocks
+from .configs import Config, padded_width
+
+MAX_BLOCKS = 8192
+# Query tiles in one group of heads: enough that the last, partly filled wave costs little.
+MIN_TILES = 4096
+# Share of the memory of query, key and value that a group's workspace may take beyond that.
+WORKSPACE_SHARE = 0.015
+ROUTING_ROWS = 16
+# Elements of a score tile under selection: 16 registers per thread at 8 warps.
+SELECT_ELEMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Device:
+    arch: str  # "sm_90", "gfx942", ..., or "interpreter"
+    processors: int  # streaming multiprocessors or compute units
+
+    @property
+    def float32_precision(self) -> str:
+        """Products of float32 operands: exact on AMD, three TF32 products elsewhere."""
+        return "tf32x3" if self.arch.startswith("sm_") else "ieee"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All sizes of one call, and how its heads are grouped."""
+
+    params: AttentionParams
+    device: Device
+    config: Config
+    batch: int
+    heads: int
+    kv_heads: int
+    query_len: int
+    key_len: int
+    d: int
+    e: int
+    bytes_per_value: int
+    has_budget: bool
+
+    @property
+    def size(self) -> int:
+        return self.params.block_size
+
+    @property
+    def group_size(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def blocks(self) -> int:
+        return block_count(self.key_len, self.size)
+
+    @property
+    def query_blocks(self) -> int:
+        return block_count(self.query_len, self.size)
+
+    @property
+    def rows(self) -> int:
+        """Query rows per program; a short sequence does not fill several blocks."""
+        return min(self.config.rows, max(padded_width(self.query_len), self.size))
+
+    @property
+    def keys(self) -> int:
+        return min(self.config.keys, self.size)
+
+    @property
+    def pack(self) -> int:
+        return max(self.rows // self.size, 1)
+
+    @property
+    def index_tiles(self) -> int:
+        return block_count(self.query_blocks, self.pack)
+
+    @property
+    def columns(self) -> int:
+        """Padded number of key blocks in a routing row; whole bitmap words."""
+        return max(32, padded_width(self.blocks))
+
+    @property
+    def select(self) -> int:
+        fitting = min(ROUTING_ROWS, max(1, SELECT_ELEMENTS // self.columns))
+        return max(fitting, self.pack)
+
+    @property
+    def free(self) -> tuple[int, int]:
+        return free_blocks(self.key_len, self.params)
+
+    @property
+    def dense(self) -> tuple[int, int]:
+        """Query blocks outside this range attend densely."""
+        if self.query_len == self.key_len and self.params.exact != (0, 0):
+            return free_blocks(self.query_len, self.params)
+        return 0, self.query_blocks
+
+    @property
+    def count(self) -> int:
+        first, last = self.free
+        return exact_block_count(self.params.density, last - first)
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a row of indices may need."""
+        first, last = self.free
+        known = self.params.routing != "threshold" and not self.has_budget
+        if not known or self.dense != (0, self.query_blocks):
+            return self.blocks
+        return min(self.blocks, self.pack * (self.count + self.blocks - (last - first)))
+
+    @property
+    def first_order(self) -> bool:
+        return self.params.order == "hybrid"
+
+    @property
+    def covariance(self) -> bool:
+        return self.params.routing == "topk_covariance"
+
+    @property
+    def matrix_tiles(self) -> tuple[int, int]:
+        """Rows and columns of the first-order matrix per program."""
+        return self._tiles(self.config.tile)
+
+    @property
+    def norm_tiles(self) -> tuple[int, int]:
+        return self._tiles(self.config.norm_tile)
+
+    def _tiles(self, limit: int) -> tuple[int, int]:
+        return min(limit, padded_width(self.d)), min(limit, padded_width(self.e))
+
+    @property
+    def matrix_programs(self) -> int:
+        rows, columns = self.matrix_tiles
+        return block_count(self.d, rows) * block_count(self.e, columns)
+
+    def splits(self, kv_heads: int) -> int:
+        """Programs per head and matrix tile of the statistics: about one wave in all."""
+        programs = kv_heads * self.matrix_programs
+        return max(1, min(self.blocks, block_count(self.device.processors, programs)))
+
+    def group(self) -> int:
+        """Key/value heads per group."""
+        total = self.batch * self.kv_heads
+        tiles = self.group_size * block_count(self.query_len, self.rows)
+        least = block_count(MIN_TILES, tiles)
+        per_head = self.blocks * (self.d * (4 + self.bytes_per_value) + self.e * 2)
+        per_head += self.group_size * self.index_tiles * self.capacity * 4
+        per_head += self.group_size * self.query_blocks * self.columns // 8
+        per_head += self.d * self.e * 4 * (1 + self.splits(least))
+        inputs = self.group_size * self.query_len * self.d + self.key_len * (self.d + self.e)
+        affordable = int(WORKSPACE_SHARE * total * inputs * self.bytes_per_value / per_head)
+        groups = block_count(total, min(total, max(least, affordable)))
+        return block_count(total, groups)
+
+    @property
+    def row_groups(self) -> int:
+        """Programs' worth of query blocks per head in the routing kernel."""
+        return block_count(self.query_blocks, ROUTING_ROWS)
+
+    @property
+    def scratch_stride(self) -> int:
+        return block_count(self.blocks, 32) * 32
+
+    def routing_programs(self, heads: int) -> int:
+        return min(heads * self.row_groups, 2 * self.device.processors)

@@ -1,0 +1,306 @@
+"""From one call to a list of kernel launches with their workspaces.
+
+Nothing here looks at values, so a plan can be made for tensors on the `meta` device: that is how
+the ahead-of-time check compiles exactly what a call would launch.
+
+Heads are processed in groups, one after the other in the same workspace, which bounds the memory
+whatever the number of heads and keeps the keys of a group in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..params import AttentionParams, block_count
+from ..reference import COVARIANCE_EPS
+from .block_statistics import block_statistics_kernel, covariance_kernel, first_order_kernel
+from .configs import Config, lookup, padded_width
+from .configs import Launch as Options
+from .forward import forward_kernel
+from .geometry import ROUTING_ROWS, Device, Geometry
+from .routing import route_kernel
+
+ROUTING_D_CHUNK = 64
+REDUCE_TILE = 512
+# Offsets inside a tile are 32-bit; only offsets of whole tiles are 64-bit.
+MAX_TILE_SPAN = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    out: Tensor  # [B, H, Tq, E]
+    lse: Tensor  # [B, H, Tq]
+    launches: list[KernelLaunch] = field(default_factory=list)
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+    budget: Tensor | None,
+    device: Device,
+    config: Config | None = None,
+) -> Plan:
+    batch, heads, query_len, d = query.shape
+    _, kv_heads, key_len, e = value.shape
+    out = query.new_empty(batch, query_len, heads, e).transpose(1, 2)
+    lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=query.device)
+    if out.numel() == 0 or key_len == 0:
+        return Plan(out.zero_(), lse.fill_(-torch.inf))
+
+    bits = 8 * query.element_size()
+    geometry = Geometry(
+        params, device, config or lookup(device.arch, d, e, bits), batch, heads, kv_heads,
+        query_len, key_len, d, e, query.element_size(), budget is not None,
+    )  # fmt: skip
+    query, key, value = (_with_small_span(t) for t in (query, key, value))
+    mask = None if key_mask is None else key_mask.view(torch.uint8)
+    if budget is not None:
+        budget = budget.contiguous()
+    buffers = _Buffers.allocate(geometry, query)
+    work = Plan(out, lse)
+    total = batch * kv_heads
+    for start in range(0, total, geometry.group()):
+        count = min(geometry.group(), total - start)
+        work.launches.extend(_statistics(geometry, buffers, key, value, mask, start, count))
+        work.launches.append(_routing(geometry, buffers, query, budget, start, count))
+        work.launches.append(
+            _forward(geometry, buffers, query, key, value, mask, out, lse, start, count)
+        )
+    return work
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Whether the copy engine can address the tensors: dense rows, 16-byte steps."""
+    return all(
+        t.stride(-1) == 1
+        and t.data_ptr() % 16 == 0
+        and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _with_small_span(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where 256 x 256 elements span more than 32-bit offsets."""
+    span = 256 * (abs(tensor.stride(2)) + abs(tensor.stride(3)))
+    return tensor if span <= MAX_TILE_SPAN else tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Workspace of one group of heads, reused by the next group."""
+
+    key_mean: Tensor  # float32 [kv heads, N, D]
+    key_mean_low: Tensor  # [kv heads, N, D] in the input dtype; key_mean itself for float32
+    value_mean: Tensor  # [kv heads, N, E] in the input dtype
+    log_weight: Tensor  # float32 [kv heads, N]
+    counts_partial: Tensor  # float32 [kv heads, S, 2]
+    partial: Tensor | None  # float32 [kv heads, S, D, E]
+    first_order: Tensor | None  # [kv heads, D, E] in the input dtype
+    mean_matrix: Tensor | None  # float32 [kv heads, D, E]
+    score_bias: Tensor | None  # float32 [kv heads, N]
+    scratch: Tensor  # float32 [programs, 16, N rounded up]
+    indices: Tensor  # int32 [heads, index tiles, capacity]
+    counts: Tensor  # int32 [heads, index tiles]
+    bitmap: Tensor  # int32 [heads, M, words]
+
+    @staticmethod
+    def allocate(g: Geometry, like: Tensor) -> _Buffers:
+        kv_heads = g.group()
+        heads = kv_heads * g.group_size
+        splits = g.splits(kv_heads)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+
+        matrix = g.first_order or g.covariance
+        key_mean = empty(kv_heads, g.blocks, g.d)
+        low = like.dtype != torch.float32
+        return _Buffers(
+            key_mean=key_mean,
+            key_mean_low=empty(kv_heads, g.blocks, g.d, dtype=like.dtype) if low else key_mean,
+            value_mean=empty(kv_heads, g.blocks, g.e, dtype=like.dtype),
+            log_weight=empty(kv_heads, g.blocks),
+            counts_partial=empty(kv_heads, splits, 2),
+            partial=empty(kv_heads, splits, g.d, g.e) if matrix else None,
+            first_order=empty(kv_heads, g.d, g.e, dtype=like.dtype) if g.first_order else None,
+            mean_matrix=empty(kv_heads, g.d, g.e) if g.covariance else None,
+            score_bias=empty(kv_heads, g.blocks) if g.covariance else None,
+            scratch=empty(g.routing_programs(heads), ROUTING_ROWS, g.scratch_stride),
+            indices=empty(heads, g.index_tiles, g.capacity, dtype=torch.int32),
+            counts=empty(heads, g.index_tiles, dtype=torch.int32),
+            bitmap=empty(heads, g.query_blocks, g.columns // 32, dtype=torch.int32),
+        )
+
+
+def _options(options: Options) -> dict[str, int]:
+    return {"num_warps": options.warps, "num_stages": options.stages}
+
+
+def _strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    strides = tensor.stride() if tensor is not None else (0,) * len(axes)
+    return {f"{name}_stride_{axis}": s for axis, s in zip(axes, strides, strict=True)}
+
+
+def _dot_arguments(g: Geometry) -> dict[str, Any]:
+    precise = g.bytes_per_value == 4
+    return {
+        "PRECISION": g.device.float32_precision if precise else "ieee",
+        "UPCAST": g.device.arch == "interpreter",
+    }
+
+
+def _statistics(
+    g: Geometry,
+    buffers: _Buffers,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    start: int,
+    count: int,
+) -> list[KernelLaunch]:
+    splits = g.splits(g.group())
+    d_tile, e_tile = g.matrix_tiles
+    low = buffers.key_mean_low
+    inputs = {
+        "key": key, "value": value, "key_mask": mask, "key_mean": buffers.key_mean,
+        **_strides("key", key, "bhtd"), **_strides("value", value, "bhtd"),
+        **_strides("mask", mask, "bt"),
+        "head_start": start, "kv_heads": g.kv_heads, "key_len": g.key_len, "blocks": g.blocks,
+        "BLOCK": g.size, "D": g.d, "E": g.e, "D_TILE": d_tile, "E_TILE": e_tile,
+        **_dot_arguments(g),
+    }  # fmt: skip
+    options = _options(g.config.statistics)
+    arguments = {
+        **inputs,
+        "key_mean_low": None if low is buffers.key_mean else low,
+        "value_mean": buffers.value_mean,
+        "log_weight": buffers.log_weight,
+        "partial": buffers.partial,
+        "partial_counts": buffers.counts_partial,
+        "blocks_per_split": block_count(g.blocks, splits),
+    }
+    grid: tuple[int, ...] = (splits, g.matrix_programs, count)
+    launches = [KernelLaunch("statistics", block_statistics_kernel, grid, arguments, options)]
+    if buffers.partial is not None:
+        arguments = {
+            "partial": buffers.partial,
+            "partial_counts": buffers.counts_partial,
+            "first_order": buffers.first_order,
+            "mean_matrix": buffers.mean_matrix,
+            "scale": g.params.scale,
+            "splits": splits,
+            "SIZE": g.d * g.e,
+            "TILE": REDUCE_TILE,
+        }
+        grid = (block_count(g.d * g.e, REDUCE_TILE), count)
+        launches.append(
+            KernelLaunch("first_order", first_order_kernel, grid, arguments, {"num_warps": 4})
+        )
+    if buffers.score_bias is not None:
+        d_tile, e_tile = g.norm_tiles
+        arguments = {
+            **inputs, "mean_matrix": buffers.mean_matrix, "score_bias": buffers.score_bias,
+            "D_TILE": d_tile, "E_TILE": e_tile, "EPS": COVARIANCE_EPS,
+        }  # fmt: skip
+        grid = (g.blocks, count)
+        launches.append(KernelLaunch("covariance", covariance_kernel, grid, arguments, options))
+    return launches
+
+
+def _routing(
+    g: Geometry, buffers: _Buffers, query: Tensor, budget: Tensor | None, start: int, count: int
+) -> KernelLaunch:
+    heads = count * g.group_size
+    first, last = g.free
+    dense_first, dense_last = g.dense
+    arguments = {
+        "query": query, "key_mean": buffers.key_mean, "log_weight": buffers.log_weight,
+        "score_bias": buffers.score_bias, "budget": budget, "scratch": buffers.scratch,
+        "indices": buffers.indices, "counts": buffers.counts, "bitmap": buffers.bitmap,
+        **_strides("query", query, "bhtd"),
+        "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
+        "query_len": g.query_len, "query_blocks": g.query_blocks, "blocks": g.blocks,
+        "free_first": first, "free_last": last,
+        "dense_first": dense_first, "dense_last": dense_last,
+        "count": g.count, "beta": g.params.threshold_beta, "scale": g.params.scale,
+        "capacity": g.capacity, "index_tiles": g.index_tiles, "row_groups": g.row_groups,
+        "tasks": heads * g.row_groups, "scratch_stride": g.scratch_stride,
+        "THRESHOLD": g.params.routing == "threshold",
+        "BLOCK": g.size, "D": g.d, "D_PAD": padded_width(g.d),
+        "D_CHUNK": min(ROUTING_D_CHUNK, padded_width(g.d)),
+        "ROWS": ROUTING_ROWS, "SELECT": g.select, "COLUMNS": g.config.columns,
+        "N": g.columns, "PACK": g.pack,
+        "PRECISION": g.device.float32_precision, "UPCAST": g.device.arch == "interpreter",
+    }  # fmt: skip
+    grid = (g.routing_programs(heads),)
+    return KernelLaunch("routing", route_kernel, grid, arguments, _options(g.config.routing))
+
+
+def _forward(
+    g: Geometry,
+    buffers: _Buffers,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    start: int,
+    count: int,
+) -> KernelLaunch:
+    sources: dict[str, Any] = {
+        "key": key, "value": value,
+        "key_mean": buffers.key_mean_low, "value_mean": buffers.value_mean,
+    }  # fmt: skip
+    descriptors = g.config.descriptors and mask is None and _describable(*sources.values())
+    if descriptors:
+        shapes = {
+            "key": [1, 1, g.keys, padded_width(g.d)],
+            "value": [1, 1, g.keys, padded_width(g.e)],
+            "key_mean": [1, g.config.centroids, padded_width(g.d)],
+            "value_mean": [1, g.config.centroids, padded_width(g.e)],
+        }
+        sources = {name: _descriptor(t, shapes[name]) for name, t in sources.items()}
+    arguments = {
+        "query": query, **sources, "key_mask": mask, "log_weight": buffers.log_weight,
+        "first_order": buffers.first_order, "indices": buffers.indices,
+        "counts": buffers.counts, "bitmap": buffers.bitmap, "out": out, "lse": lse,
+        **_strides("query", query, "bhtd"), **_strides("key", key, "bhtd"),
+        **_strides("value", value, "bhtd"), **_strides("mask", mask, "bt"),
+        "out_stride_b": out.stride(0), "out_stride_h": out.stride(1),
+        "out_stride_t": out.stride(2),
+        "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
+        "query_len": g.query_len, "key_len": g.key_len, "query_blocks": g.query_blocks,
+        "blocks": g.blocks, "capacity": g.capacity, "index_tiles": g.index_tiles,
+        "scale": g.params.scale, "TAIL": g.params.order != "none",
+        "BLOCK": g.size, "D": g.d, "E": g.e,
+        "D_PAD": padded_width(g.d), "E_PAD": padded_width(g.e),
+        "ROWS": g.rows, "KEYS": g.keys, "CENTROIDS": g.config.centroids,
+        "D_CHUNK": min(g.config.d_chunk, padded_width(g.d)), "IN_CHUNKS": g.config.in_chunks,
+        "WORDS": g.columns // 32,
+        "DESCRIPTORS": descriptors, **_dot_arguments(g),
+    }  # fmt: skip
+    grid = (block_count(g.query_len, g.rows), count * g.group_size)
+    options = g.config.forward if mask is None else g.config.masked or g.config.forward
+    return KernelLaunch("forward", forward_kernel, grid, arguments, _options(options))

@@ -1,0 +1,107 @@
+"""What a node calls, under one name for all spellings.
+
+`x.softmax(-1)`, `F.softmax(x, -1)` and `aten.softmax.int(x, -1)` are all `softmax`; `x *= 2`,
+`x.mul_(2)` and `torch.multiply(x, 2)` are all `mul`, the first two in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+_SYNONYMS = {
+    "add": ("iadd",),
+    "sub": ("isub", "subtract"),
+    "mul": ("imul", "multiply"),
+    "div": ("truediv", "itruediv", "divide", "true_divide"),
+    "bitwise_and": ("and", "iand", "logical_and"),
+    "bitwise_or": ("or", "ior", "logical_or"),
+    "bitwise_not": ("invert", "inv", "not", "logical_not"),
+    "negative": ("neg",),
+    "matmul": ("imatmul",),
+    "softmax": ("special_softmax",),
+    "dropout": ("native_dropout", "alpha_dropout", "feature_dropout"),
+    "transpose": ("swapaxes", "swapdims"),
+    "movedim": ("moveaxis",),
+    "reshape": ("view", "_unsafe_view", "view_copy"),
+    "permute": ("permute_copy",),
+    "expand": ("broadcast_to",),
+    "max": ("amax",),
+    "masked_fill": ("masked_fill_copy",),
+    "type": ("type_as",),
+    "to": ("_to_copy", "to_copy", "convert_element_type"),
+    "cat": ("concat", "concatenate"),
+    "clone": ("contiguous", "detach", "alias", "lift_fresh_copy", "detach_copy"),
+}
+_NAMES = {name: main for main, others in _SYNONYMS.items() for name in (main, *others)}
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "imatmul", "setitem"}
+_IN_PLACE_OPERATORS |= {"ipow", "ixor", "ifloordiv", "imod", "ilshift", "irshift", "iconcat"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a torch function, method or operator. `in_place` calls change `args[0]`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_place: bool
+
+    def argument(self, position: int, *names: str, default: Any = None) -> Any:
+        """The argument at `position` (the tensor is 0), or by one of its keywords."""
+        if len(self.args) > position:
+            return self.args[position]
+        return next((self.kwargs[name] for name in names if name in self.kwargs), default)
+
+    def rest(self, position: int, *names: str) -> tuple[Any, ...]:
+        """Arguments from `position` on, given one by one or as one sequence."""
+        given = self.args[position:] or (self.argument(position, *names, default=()),)
+        if len(given) == 1 and isinstance(given[0], (tuple, list)):
+            return tuple(given[0])
+        return tuple(given)
+
+
+def call_of(node: Any) -> Call | None:
+    """The call that `node` makes, or None for placeholders and for what is not torch's."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "call_method":
+        call = _call(str(node.target), node)
+        if call.name == "where":  # x.where(condition, y)
+            return replace(call, args=(call.args[1], call.args[0], *call.args[2:]))
+        return call
+    if node.op != "call_function":
+        return None
+    if node.target is getattr:
+        return Call(f".{node.args[1]}", node.args[:1], {}, in_place=False)
+    if isinstance(node.target, torch._ops.OpOverload):
+        is_torch = node.target.namespace in ("aten", "prims")
+        return _call(node.target._opname, node) if is_torch else None
+    module = getattr(node.target, "__module__", None) or ""
+    name = str(getattr(node.target, "__name__", ""))
+    if module == "_operator":
+        return _call(name.strip("_"), node)  # `and_` is not in place
+    return _call(name, node) if module.split(".")[0] == "torch" else None
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the node changes a tensor that existed before it."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if "out" in node.kwargs:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    call = call_of(node)
+    return call is not None and call.in_place
+
+
+def _call(name: str, node: fx.Node) -> Call:
+    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.startswith("__"))
+    if isinstance(node.target, torch._ops.OpOverload):
+        in_place = node.target._schema.is_mutable
+    plain = name.strip("_")
+    return Call(_NAMES.get(name, _NAMES.get(plain, plain)), node.args, node.kwargs, in_place)

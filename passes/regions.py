@@ -1,0 +1,74 @@
+"""Regions of `torch.compiler.nested_compile_region` that blocks with different policies share.
+
+Dynamo traces such a region once and calls the one graph for every block that looks the same to it.
+Policies attached outside of the region, to the blocks, do not show in it: only the calls carry
+them. So calls under different policies get graphs of their own here, before the rewrite.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from ..annotation import policy_keys
+
+_CALL = torch.ops.higher_order.invoke_subgraph
+
+
+def separate(gm: fx.GraphModule) -> None:
+    """Give the calls of a shared region a graph for each set of policies around them."""
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in gm.graph.find_nodes(op="call_function", target=_CALL):
+        calls[str(node.args[0].target)].append(node)
+    for name, nodes in calls.items():
+        # Dynamo traced the body under the policies around its first call.
+        traced = policy_keys(nodes[0])
+        groups: dict[tuple[str, ...], list[fx.Node]] = defaultdict(list)
+        for node in nodes:
+            groups[policy_keys(node)].append(node)
+        for number, (around, members) in enumerate(groups.items()):
+            if around != traced:
+                suffix = f"_policy_{number}"
+                region = _copy(gm.get_submodule(name), traced, around, suffix)
+                gm.add_submodule(name + suffix, region)
+                _redirect(members, name + suffix, suffix)
+
+
+def _redirect(calls: list[fx.Node], name: str, suffix: str) -> None:
+    for call in calls:
+        body, identifier, *operands = call.args
+        with call.graph.inserting_before(call):
+            other = call.graph.get_attr(name)
+        # The identifier is what later stages take a region for the same by.
+        call.args = (other, f"{identifier}{suffix}", *operands)
+        if isinstance(body, fx.Node) and not body.users:
+            call.graph.erase_node(body)
+
+
+def _copy(
+    module: torch.nn.Module, traced: tuple[str, ...], around: tuple[str, ...], suffix: str
+) -> fx.GraphModule:
+    """A copy of a region, and of regions inside it, with the policies around it exchanged."""
+    assert isinstance(module, fx.GraphModule)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, copies, return_output_node=True)
+    assert isinstance(output, tuple)
+    result, output_node = output
+    graph.output(result).meta.update(output_node.meta)
+    for old, new in copies.items():
+        custom = new.meta.get("custom")
+        keys = policy_keys(old)
+        if custom is None or keys[: len(traced)] != traced:
+            continue
+        rest = {key: value for key, value in custom.items() if key not in traced}
+        new.meta["custom"] = dict.fromkeys(around, "") | rest
+    copied = fx.GraphModule(module, graph)
+    for name, child in list(copied.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(copied, name, _copy(child, traced, around, suffix))
+    for node in graph.find_nodes(op="call_function", target=_CALL):
+        node.args = (node.args[0], f"{node.args[1]}{suffix}", *node.args[2:])
+    return copied
