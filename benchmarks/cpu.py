@@ -38,7 +38,7 @@ from pisa_compile.kernels.cpu import native, torch_path
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2, specified
 
-TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS = (256, 1024)
 LOADED_TOKENS = (2048, 8192)
 WARM_TOKENS = 2048  # up to here, waking the threads that another candidate let sleep counts
@@ -239,18 +239,17 @@ def _resident(field: str) -> int:
 
 
 def break_even(results: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Per dtype and head_dim: the shortest length from which ours is always the faster one."""
+    """The shortest length measured from which on ours is faster at every longer one, else None."""
     found: dict[str, int | None] = {}
-    for result in sorted(results, key=lambda r: -r["tokens"]):
-        if result["busy_process"]:
-            continue
-        for name in ("native", "torch"):
-            key = f"{name} {result['dtype']} D={result['head_dim']}"
-            faster = result[f"{name}_ms"]["p80"] < result["dense_ms"]["p20"]
-            if found.setdefault(key, None) != -1:
-                found[key] = (
-                    result["tokens"] if faster else -1 if found[key] is None else found[key]
-                )
+    for name, dtype, head_dim in product(("native", "torch"), DTYPES, HEAD_DIMS):
+        key = f"{name} {dtype} D={head_dim}"
+        found[key] = None
+        for result in sorted(results, key=lambda r: -r["tokens"]):
+            if (result["dtype"], result["head_dim"]) != (dtype, head_dim) or result["busy_process"]:
+                continue
+            if result[f"{name}_ms"]["p80"] >= result["dense_ms"]["p20"]:
+                break
+            found[key] = result["tokens"]
     return found
 
 
@@ -319,9 +318,24 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(row)} |" for row in rows(record)]
-    return "\n".join([*lines, "", _caption(record)])
+    """One line per length: speed-up of the native library and, in brackets, of the torch path."""
+    shapes = list(product(DTYPES, HEAD_DIMS))
+    header = ["tokens", *(f"{dtype}, D={head_dim}" for dtype, head_dim in shapes), "extra memory"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---:|" * len(header)]
+    results = {_key(result): result for result in record["results"]}
+    for busy, tokens in sorted({(key[3], key[0]) for key in results}):
+        cells = [f"{tokens:,}" + (", loaded" if busy else "")]
+        found = [results.get((tokens, head_dim, dtype, busy)) for dtype, head_dim in shapes]
+        for result in found:
+            dense, ours, fallback = (
+                result[f"{name}_ms"]["median"] if result else float("nan") for name in CANDIDATES
+            )
+            cells.append(f"{dense / ours:.1f}x ({dense / fallback:.1f}x)" if result else "")
+        extra = [r["native_extra_bytes"] / r["input_bytes"] for r in found if r and not busy]
+        cells.append(f"{max(extra):.2f}" if extra else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"{_caption(record)} In brackets: without a compiler. Extra memory: of q+k+v, at most."
+    return "\n".join([*lines, "", about])
 
 
 def _caption(record: dict[str, Any]) -> str:

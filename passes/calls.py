@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 _SYNONYMS = {
     "add": ("iadd",),
@@ -70,7 +71,7 @@ def call_of(node: Any) -> Call | None:
         return None
     if node.op == "call_method":
         call = _call(str(node.target), node)
-        if call.name == "where":  # x.where(condition, y)
+        if call.name == "where" and len(call.args) > 1:  # x.where(condition, y)
             return replace(call, args=(call.args[1], call.args[0], *call.args[2:]))
         return call
     if node.op != "call_function":
@@ -89,14 +90,25 @@ def call_of(node: Any) -> Call | None:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether the node changes a tensor that existed before it."""
+    return bool(written_by(node))
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The tensors that `node` changes in place."""
     if node.op not in ("call_function", "call_method"):
-        return False
-    if "out" in node.kwargs:
-        return True
+        return []
+    written: list[Any] = [node.kwargs.get("out")]
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    call = call_of(node)
-    return call is not None and call.in_place
+        for at, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name)
+                written.append(given)
+    elif "mutation" in str(node.target):  # a Triton kernel, which may write to all it is given
+        written += node.all_input_nodes
+    else:
+        call = call_of(node)
+        written += call.args[:1] if call is not None and call.in_place else ()
+    return [x for x in tree_leaves(written) if isinstance(x, fx.Node)]
 
 
 def _call(name: str, node: fx.Node) -> Call:
@@ -104,4 +116,7 @@ def _call(name: str, node: fx.Node) -> Call:
     if isinstance(node.target, torch._ops.OpOverload):
         in_place = node.target._schema.is_mutable
     plain = name.strip("_")
-    return Call(_NAMES.get(name, _NAMES.get(plain, plain)), node.args, node.kwargs, in_place)
+    args, kwargs = node.args, dict(node.kwargs)
+    if not args and (first := kwargs.keys() & {"input", "self"}):
+        args = (kwargs.pop(first.pop()),)
+    return Call(_NAMES.get(name, _NAMES.get(plain, plain)), args, kwargs, in_place)

@@ -5,6 +5,7 @@ Walking back finds the path; walking forward along it follows the axes and multi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ class Term:
     reader: fx.Node
     sign: int = 1
     scale: float = 1.0
+    fill: float = -math.inf  # what masked scores are set to, before the scaling
 
 
 @dataclass
@@ -125,8 +127,8 @@ def _operands(call: Call | None) -> tuple[Any, ...]:
     return ()
 
 
-def follow(path: list[Link], dims: Dims, axes: Axes, place: str) -> Chain:
-    """Follow the axes of the first node of `path`, `dims`, to the last.
+def follow(path: list[Link], chain: Chain, axes: Axes, place: str) -> None:
+    """Lead `chain` from the first node of `path` to the last.
 
     Args:
         place: where the path runs, for the text of a mismatch.
@@ -134,11 +136,15 @@ def follow(path: list[Link], dims: Dims, axes: Axes, place: str) -> Chain:
     Raises:
         MismatchError: something on the path is not part of a softmax attention.
     """
-    chain = Chain(dims)
     for link in path[1:]:
         _advance(chain, link.operand, link.node, axes, place)
         chain.nodes.append(link.node)
-    return chain
+    for term in chain.terms:
+        if term.kind in ("allow", "block") and not term.fill * term.scale <= NEGLIGIBLE:
+            raise MismatchError(
+                f"its scores are filled with {term.fill * term.scale:g} where masked; only -inf, "
+                f"or a number below {NEGLIGIBLE:g}, removes keys"
+            )
 
 
 def _advance(chain: Chain, operand: fx.Node, node: fx.Node, axes: Axes, place: str) -> None:
@@ -148,6 +154,8 @@ def _advance(chain: Chain, operand: fx.Node, node: fx.Node, axes: Axes, place: s
     if call.name == "setitem":
         _mask(chain, call.args[1], call.args[2], "block", node, axes, unknown)
         return
+    if not (is_tensor(operand) and is_tensor(node)) or "out" in call.kwargs:
+        raise unknown
     before, after = example(operand), example(node)
     if not after.is_floating_point() or after.device != before.device:
         raise MismatchError(f"`{node.name}` ({after.dtype} on {after.device}) stands {place}")
@@ -156,7 +164,7 @@ def _advance(chain: Chain, operand: fx.Node, node: fx.Node, axes: Axes, place: s
     elif call.name == "masked_fill":
         value = call.argument(2, "value")
         _mask(chain, call.argument(1, "mask"), value, "block", node, axes, unknown)
-    elif call.name == "where":
+    elif call.name == "where" and len(call.args) == 3:
         condition, if_true, if_false = call.args
         if operand is if_true:
             _mask(chain, condition, if_false, "allow", node, axes, unknown)
@@ -193,10 +201,10 @@ def _combine(
             return
         if other is operand or any(term.kind in ("add", "allow", "block") for term in chain.terms):
             raise unknown
-        chain.terms.append(Term(call.name, other, _aligned(chain, other, axes), node))
+        chain.terms.append(Term(call.name, other, aligned(chain, other, axes), node))
     elif plain is None:  # a number added to all scores changes nothing
         sign = -1 if call.name == "sub" else 1
-        chain.terms.append(Term("add", other, _aligned(chain, other, axes), node, sign))
+        chain.terms.append(Term("add", other, aligned(chain, other, axes), node, sign))
 
 
 def _multiply(chain: Chain, factor: float) -> None:
@@ -214,15 +222,12 @@ def _mask(
     if not is_tensor(mask) or example(mask).dtype != torch.bool:
         raise unknown
     value = number(fill)
-    if value is None or value > NEGLIGIBLE:
-        raise MismatchError(
-            f"its scores are filled with {value} where masked; only -inf, or a number below "
-            f"{NEGLIGIBLE:g}, removes keys"
-        )
-    chain.terms.append(Term(kind, mask, _aligned(chain, mask, axes), node))
+    if value is None:
+        raise unknown
+    chain.terms.append(Term(kind, mask, aligned(chain, mask, axes), node, fill=value))
 
 
-def _aligned(chain: Chain, other: fx.Node, axes: Axes) -> Dims:
+def aligned(chain: Chain, other: fx.Node, axes: Axes) -> Dims:
     """The dims of a tensor that broadcasts against the chain's; size 1 is `()`."""
     shape = example(other).shape
     dims = axes.resolve(chain.dims)

@@ -48,7 +48,7 @@ def emit(
         node = graph.call_method(target, args, kwargs)
     else:
         node = graph.call_function(target, args, kwargs)
-    node.meta.update(like.meta)
+    node.meta.update({name: value for name, value in like.meta.items() if name != "tensor_meta"})
     fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), example)
     with example(like).fake_mode, torch.no_grad():
         if isinstance(target, str):

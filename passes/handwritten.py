@@ -13,8 +13,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import CASTS, Axes, Dims, Group
 from .calls import call_of
-from .chain import Chain, Link, MismatchError, Term, back_to_product, follow, forward_to_product
-from .fake import example
+from .chain import (
+    Chain,
+    Link,
+    MismatchError,
+    Term,
+    aligned,
+    back_to_product,
+    follow,
+    forward_to_product,
+)
+from .fake import example, number
+from .interior import check_unchanged, closed_interior
 from .product import Product, product_of
 from .rewrite import AttentionRewrite, GraphFacts
 from .site import AttentionSite, Mask, NearMiss, View
@@ -72,18 +82,15 @@ class _Match:
 
     def site(self) -> AttentionSite:
         sides, out = self._letters(self.scores, {})
-        chain = follow(self.back, out, self.axes, _BEFORE)
-        chain.scale *= float(self.scores.factor)
-        if self.scores.addend is not None:
-            addend = example(self.scores.addend)
-            dims = tuple(
-                () if statically_known_true(size == 1) else group
-                for size, group in zip(addend.shape, out[-addend.dim() :], strict=True)
-            )
-            chain.terms.insert(0, Term("add", self.scores.addend, dims, self.scores.node))
+        chain = Chain(out, scale=number(self.scores.factor) or 0.0)
+        if (addend := self.scores.addend) is not None:
+            dims = aligned(chain, addend, self.axes)
+            chain.terms.append(Term("add", addend, dims, self.scores.node))
+        follow(self.back, chain, self.axes, _BEFORE)
         softmax_dims = self.axes.resolve(chain.dims)
         key_axis = self._only_atom(softmax_dims[self.softmax.dim])
-        weights = follow(self.forward[:-1], softmax_dims, self.axes, _AFTER)
+        weights = Chain(softmax_dims)
+        follow(self.forward[:-1], weights, self.axes, _AFTER)
         if weights.terms or weights.scale != 1.0:
             raise MismatchError(f"its attention weights are scaled or masked {_AFTER}")
         value_dims, result_dims, value = self._value(weights)
@@ -147,7 +154,7 @@ class _Match:
         rows = self._row_axis(left - right - summed, key_axis, result_axes - value_axes)
         if len(summed) != 1 or len(own) != 1:
             raise MismatchError("query and key, or weights and value, share unusual dimensions")
-        batch = self._batch(axes.resolve(chain.dims), rows, key_axis)
+        batch = self._batch(chain, rows, key_axis)
         if (right | value_axes) - summed - own - set(batch) - {key_axis}:
             raise MismatchError("key or value have a dimension that the query lacks")
         return self._build(
@@ -168,7 +175,9 @@ class _Match:
         same = [atom for atom in found if statically_known_true(sizes[atom] == sizes[keys])]
         return (same or found)[-1]
 
-    def _batch(self, dims: Dims, rows: int, keys: int) -> tuple[int, ...]:
+    def _batch(self, chain: Chain, rows: int, keys: int) -> tuple[int, ...]:
+        """Batch and head axis, in the order of the scores unless only the second has a mask."""
+        dims = self.axes.resolve(chain.dims)
         batch = tuple(atom for group in dims for atom in group if atom not in (rows, keys))
         if len(batch) > 2:
             ones = [atom for atom in batch if statically_known_true(self.axes.sizes[atom] == 1)]
@@ -178,6 +187,10 @@ class _Match:
                 f"it has {len(batch)} batch dimensions; 2 are supported, [B, H, T, D]: "
                 "flatten the others into the first"
             )
+        terms = [{a for g in self.axes.resolve(t.dims) for a in g} for t in chain.terms]
+        masked = {atom for term in terms for atom in term if keys in term}
+        if len(batch) == 2 and batch[1] in masked and batch[0] not in masked:
+            return batch[::-1]
         return batch
 
     def _build(
@@ -190,7 +203,7 @@ class _Match:
         result_dims: Dims,
     ) -> AttentionSite:
         rows, keys, width, value_width = atoms
-        self._check_unchanged(nodes, chain)
+        check_unchanged(nodes[:2], chain, self.scores.node, self.result.node, self.writes)
         nodes = (*self._without_upcasts(nodes[0], nodes[1]), nodes[2])
         # [N, T, D] is N batches of one head: masks differ between batches, never between heads.
         groups: Dims = tuple((atom,) for atom in batch)
@@ -208,7 +221,8 @@ class _Match:
         if result is None:
             raise MismatchError("the layout of its result cannot be made from [B, H, T, D]")
         masks, factors = self._terms(chain, groups, rows, keys)
-        interior = self._interior(chain)
+        weights = {*self.softmax.interior, *(link.node for link in self.forward[:-1])}
+        interior = closed_interior(chain, self.scores.node, weights, self.result.node)
         gqa = self._grouped(query, key, value)
         return AttentionSite(
             node=self.result.node,
@@ -270,34 +284,6 @@ class _Match:
             # What is added to all scores of a row, such as minus their maximum, changes nothing.
         return tuple(masks), tuple(factors)
 
-    def _interior(self, chain: Chain) -> tuple[fx.Node, ...]:
-        """All nodes of the spelling but the last, each read by the others alone."""
-        scores = {self.scores.node, *chain.nodes}
-        for term in chain.terms:
-            scores |= _row_statistics(term.node, scores)
-        weights = {*self.softmax.interior, *(link.node for link in self.forward[:-1])}
-        inside = scores | weights | {self.result.node}
-        for node in inside - {self.result.node}:
-            for user in node.users:
-                if user in inside:
-                    continue
-                what = "attention weights are" if node in weights else "scores are"
-                raise MismatchError(
-                    f"its {what} also returned or used by `{user.name}`; ask for the output alone "
-                    "(need_weights=False, output_attentions=False)"
-                )
-        return tuple(sorted(inside - {self.result.node}))
-
-    def _check_unchanged(self, nodes: tuple[fx.Node, ...], chain: Chain) -> None:
-        """No input may change in place between its first use and the op, which reads it last."""
-        read = [(node, self.scores.node) for node in nodes[:2]]
-        read += [(term.node, term.reader) for term in chain.terms]
-        for node, reader in read:
-            for write in self.writes.between(node, reader, self.result.node):
-                raise MismatchError(
-                    f"`{write.name}` changes `{node.name}` in place in the middle of it"
-                )
-
     def _grouped(self, query: View, key: View, value: View) -> bool:
         """One key and value head for all query heads: [B, 1, T, D]."""
         heads = [view.example().shape[1] for view in (query, key, value)]
@@ -313,17 +299,3 @@ class _Match:
                 raise MismatchError("key or value broadcast over a dimension of unknown size")
             sizes.append(-1 if same else its)
         return view if sizes == [-1, -1] else view.then(("expand", (*sizes, -1, -1)))
-
-
-def _row_statistics(node: fx.Node, scores: set[fx.Node]) -> set[fx.Node]:
-    """The nodes between the scores and a maximum (or the like) of them, both ends excluded."""
-    passed: set[fx.Node] = set()
-    for _ in range(4):
-        if node in scores:
-            return passed
-        passed.add(node)
-        sources = node.all_input_nodes
-        if len(sources) != 1:
-            break
-        node = sources[0]
-    return set()

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ..annotation import erase_marks, policies_around
 from ..policy import Policy, resolve
 from .fake import example, four_sizes, sizes
+from .flex import FlexAttention
 from .grouped import without_copies
 from .handwritten import HandWrittenAttention
 from .opaque import expand, inline, inputs_of, is_opaque
@@ -21,7 +22,11 @@ from .site import AttentionSite, Decision, NearMiss, module_stack
 
 log = logging.getLogger("pisa_compile")
 
-REWRITES: tuple[AttentionRewrite, ...] = (ScaledDotProductAttention(), HandWrittenAttention())
+REWRITES: tuple[AttentionRewrite, ...] = (
+    ScaledDotProductAttention(),
+    HandWrittenAttention(),
+    FlexAttention(),
+)
 
 
 def rewrite_attention(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .calls import call_of, is_in_place
+from .calls import call_of, written_by
 
 # Results that may share memory with their first argument.
 _ALIASING = {
@@ -15,7 +15,9 @@ _ALIASING = {
     *("squeeze", "expand", "expand_as", "view_as", "reshape_as", "narrow", "select", "slice"),
     *("getitem", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unfold"),
     *("diagonal", "clone", "t", "to", "type", "float", "half", "bfloat16", "double", "bool"),
-    *(".mT", ".T", ".mH", ".H", ".data", ".real"),
+    *("ravel", "as_strided", "view_as_real", "view_as_complex", "adjoint", "positive", "imag"),
+    *("hsplit", "vsplit", "dsplit", "swapaxes", "real", "conj", "resolve_conj", "numpy_T"),
+    *(".mT", ".T", ".mH", ".H", ".data", ".real", ".imag"),
 }
 
 
@@ -30,9 +32,8 @@ class Writes:
         self._by_root: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self._roots: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
-            if is_in_place(node):
-                for target in _targets(node):
-                    self._by_root[self._root(target)].append(node)
+            for target in written_by(node):
+                self._by_root[self._root(target)].append(node)
 
     def between(self, node: fx.Node, after: fx.Node, before: fx.Node) -> list[fx.Node]:
         """The writes into the memory of `node` that lie strictly between two nodes."""
@@ -52,7 +53,7 @@ class Writes:
         if not writes:
             return node
         last = writes[-1]
-        if _targets(last) != [node]:
+        if written_by(last) != [node]:
             raise UnknownValueError(f"`{last.name}` changes it in place through a view")
         return last
 
@@ -77,9 +78,3 @@ def _aliased(node: fx.Node) -> fx.Node | None:
         return None
     source: Any = call.args[0]
     return source if isinstance(source, fx.Node) else None
-
-
-def _targets(node: fx.Node) -> list[fx.Node]:
-    out = node.kwargs.get("out", node.args[0] if node.args else None)
-    items = out if isinstance(out, (list, tuple)) else [out]
-    return [item for item in items if isinstance(item, fx.Node)]

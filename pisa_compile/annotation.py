@@ -50,12 +50,13 @@ def call_annotated(
     """Call `function`; if it is being traced, mark the nodes it makes with `key`."""
     if not torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    if torch.compiler.is_exporting():
+    if not torch.compiler.is_dynamo_compiling():
         # Export without Dynamo runs this very code, and drops annotations unless told to keep them.
         with traceback.preserve_node_meta(), traceback.annotate({key: ""}):
             return function(*args, **kwargs)
     with traceback.annotate({key: ""}):
-        torch.ops.pisa.policy(key)
+        if not torch.compiler.is_exporting():
+            torch.ops.pisa.policy(key)
         return function(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ the interpreter lock for the duration of a call.
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,9 @@ _ROUTINGS = {"topk": 0, "topk_covariance": 1, "threshold": 2}
 _ORDERS = {"none": 0, "zeroth": 1, "hybrid": 2}
 _MAX_HEAD_DIM = 1024
 _ALIGNMENT = 64  # bytes
+
+# OpenMP's threads do not survive a fork, and its runtime would wait for them in the child.
+_PROCESS = os.getpid()
 
 _Strides = ctypes.c_int64 * 3
 
@@ -176,7 +180,7 @@ def attention(
         mask=None if mask is None else mask.data_ptr(),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
-        parallel=_openmp_team() if team == "openmp" else None,
+        parallel=_openmp_team() if team == "openmp" and os.getpid() == _PROCESS else None,
         batch=batch,
         heads=heads,
         kv_heads=key.shape[1],

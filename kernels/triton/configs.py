@@ -36,8 +36,8 @@ class Config:
         tile: at most this many rows and columns of the first-order matrix per program.
         norm_tile: the same for the step of the covariance kernel.
         columns: key blocks per step of the routing scores.
-        masked: launch of the forward kernel with a key mask, which takes more registers; `forward`
-            where it is None.
+        guarded: launch of the forward kernel where a key mask or a head_dim that is no power of two
+            guards every load, which takes more registers; `forward` where it is None.
         descriptors: read keys and values by the copy engine (TMA) where their layout allows it.
     """
 
@@ -51,7 +51,7 @@ class Config:
     columns: int = 64
     descriptors: bool = False
     forward: Launch = Launch(4, 2)
-    masked: Launch | None = None
+    guarded: Launch | None = None
     statistics: Launch = Launch(8, 2)
     routing: Launch = Launch(8, 2)
 
@@ -71,29 +71,35 @@ _TABLE: dict[str, dict[int, Config]] = {
     "sm_80": {
         32: Config(),
         64: Config(),
-        128: replace(_SMALL_KEYS, masked=Launch(8, 2)),
+        128: replace(_SMALL_KEYS, guarded=Launch(8, 2)),
         256: _WIDE,
     },
     # mma.sync, 99 KB
     "sm_86": {
         32: Config(),
         64: Config(),
-        128: replace(_SMALL_KEYS, masked=Launch(4, 1)),
+        128: replace(_SMALL_KEYS, guarded=Launch(8, 2)),
+        256: _WIDE,
+    },
+    "sm_120": {
+        32: Config(),
+        64: Config(guarded=Launch(8, 2)),
+        128: Config(forward=Launch(8, 1)),
         256: _WIDE,
     },
     # wgmma and TMA, 227 KB
     "sm_90": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
         64: Config(descriptors=True, forward=Launch(4, 3)),
-        128: Config(descriptors=True),
+        128: Config(descriptors=True, guarded=Launch(8, 2)),
         256: replace(_SMALL_KEYS, descriptors=True, forward=Launch(8, 2)),
     },
     # tcgen05 and TMA, 227 KB
     "sm_100": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
         64: Config(descriptors=True, forward=Launch(4, 3)),
-        128: Config(descriptors=True),
-        256: replace(_SMALL_KEYS, descriptors=True, forward=Launch(8, 2), masked=Launch(8, 1)),
+        128: Config(descriptors=True, guarded=Launch(8, 2)),
+        256: replace(_SMALL_KEYS, descriptors=True, forward=Launch(8, 1)),
     },
     # mfma, 64 KB
     "gfx942": {
@@ -111,8 +117,8 @@ _FAMILIES = {
     "sm_90": "sm_90",
     "sm_100": "sm_100",
     "sm_103": "sm_100",
-    "sm_120": "sm_86",
-    "sm_121": "sm_86",
+    "sm_120": "sm_120",
+    "sm_121": "sm_120",
     "gfx942": "gfx942",
     "gfx950": "gfx942",
 }

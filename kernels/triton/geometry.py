@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..params import AttentionParams, block_count, exact_block_count, free_blocks
 from .configs import Config, padded_width
@@ -45,66 +46,66 @@ class Geometry:
     bytes_per_value: int
     has_budget: bool
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self.params.block_size
 
-    @property
+    @cached_property
     def group_size(self) -> int:
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         return block_count(self.key_len, self.size)
 
-    @property
+    @cached_property
     def query_blocks(self) -> int:
         return block_count(self.query_len, self.size)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Query rows per program; a short sequence does not fill several blocks."""
         return min(self.config.rows, max(padded_width(self.query_len), self.size))
 
-    @property
+    @cached_property
     def keys(self) -> int:
         return min(self.config.keys, self.size)
 
-    @property
+    @cached_property
     def pack(self) -> int:
         return max(self.rows // self.size, 1)
 
-    @property
+    @cached_property
     def index_tiles(self) -> int:
         return block_count(self.query_blocks, self.pack)
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Padded number of key blocks in a routing row; whole bitmap words."""
         return max(32, padded_width(self.blocks))
 
-    @property
+    @cached_property
     def select(self) -> int:
         fitting = min(ROUTING_ROWS, max(1, SELECT_ELEMENTS // self.columns))
         return max(fitting, self.pack)
 
-    @property
+    @cached_property
     def free(self) -> tuple[int, int]:
         return free_blocks(self.key_len, self.params)
 
-    @property
+    @cached_property
     def dense(self) -> tuple[int, int]:
         """Query blocks outside this range attend densely."""
         if self.query_len == self.key_len and self.params.exact != (0, 0):
             return free_blocks(self.query_len, self.params)
         return 0, self.query_blocks
 
-    @property
+    @cached_property
     def count(self) -> int:
         first, last = self.free
         return exact_block_count(self.params.density, last - first)
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """Entries that a row of indices may need."""
         first, last = self.free
@@ -113,27 +114,35 @@ class Geometry:
             return self.blocks
         return min(self.blocks, self.pack * (self.count + self.blocks - (last - first)))
 
-    @property
+    @cached_property
+    def whole_width(self) -> bool:
+        """Whether no tile has padded columns."""
+        return self.d == padded_width(self.d) and self.e == padded_width(self.e)
+
+    @cached_property
     def first_order(self) -> bool:
         return self.params.order == "hybrid"
 
-    @property
+    @cached_property
     def covariance(self) -> bool:
         return self.params.routing == "topk_covariance"
 
-    @property
+    @cached_property
     def matrix_tiles(self) -> tuple[int, int]:
-        """Rows and columns of the first-order matrix per program."""
-        return self._tiles(self.config.tile)
+        """Rows and columns of the first-order matrix per program.
 
-    @property
+        Padded columns guard every load; wide tiles would then spill registers.
+        """
+        return self._tiles(self.config.tile if self.whole_width else self.config.norm_tile)
+
+    @cached_property
     def norm_tiles(self) -> tuple[int, int]:
         return self._tiles(self.config.norm_tile)
 
     def _tiles(self, limit: int) -> tuple[int, int]:
         return min(limit, padded_width(self.d)), min(limit, padded_width(self.e))
 
-    @property
+    @cached_property
     def matrix_programs(self) -> int:
         rows, columns = self.matrix_tiles
         return block_count(self.d, rows) * block_count(self.e, columns)
@@ -143,6 +152,7 @@ class Geometry:
         programs = kv_heads * self.matrix_programs
         return max(1, min(self.blocks, block_count(self.device.processors, programs)))
 
+    @cached_property
     def group(self) -> int:
         """Key/value heads per group."""
         total = self.batch * self.kv_heads
@@ -157,12 +167,12 @@ class Geometry:
         groups = block_count(total, min(total, max(least, affordable)))
         return block_count(total, groups)
 
-    @property
+    @cached_property
     def row_groups(self) -> int:
         """Programs' worth of query blocks per head in the routing kernel."""
         return block_count(self.query_blocks, ROUTING_ROWS)
 
-    @property
+    @cached_property
     def scratch_stride(self) -> int:
         return block_count(self.blocks, 32) * 32
 

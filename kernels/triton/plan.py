@@ -27,8 +27,10 @@ from .routing import route_kernel
 
 ROUTING_D_CHUNK = 64
 REDUCE_TILE = 512
-# Offsets inside a tile are 32-bit; only offsets of whole tiles are 64-bit.
+# Offsets inside a tile are 32-bit; only offsets of whole tiles are 64-bit. The largest tile is the
+# 16 query blocks of up to 128 tokens that a routing program averages.
 MAX_TILE_SPAN = 2**31 - 1
+LARGEST_TILE = 16 * 128
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def plan(
     buffers = _Buffers.allocate(geometry, query)
     work = Plan(out, lse)
     total = batch * kv_heads
-    for start in range(0, total, geometry.group()):
-        count = min(geometry.group(), total - start)
+    for start in range(0, total, geometry.group):
+        count = min(geometry.group, total - start)
         work.launches.extend(_statistics(geometry, buffers, key, value, mask, start, count))
         work.launches.append(_routing(geometry, buffers, query, budget, start, count))
         work.launches.append(
@@ -101,8 +103,8 @@ def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _with_small_span(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where 256 x 256 elements span more than 32-bit offsets."""
-    span = 256 * (abs(tensor.stride(2)) + abs(tensor.stride(3)))
+    """The tensor itself, or a copy where the largest tile spans more than 32-bit offsets."""
+    span = LARGEST_TILE * (tensor.stride(2) + tensor.stride(3))
     return tensor if span <= MAX_TILE_SPAN else tensor.contiguous()
 
 
@@ -126,7 +128,7 @@ class _Buffers:
 
     @staticmethod
     def allocate(g: Geometry, like: Tensor) -> _Buffers:
-        kv_heads = g.group()
+        kv_heads = g.group
         heads = kv_heads * g.group_size
         splits = g.splits(kv_heads)
 
@@ -179,7 +181,7 @@ def _statistics(
     start: int,
     count: int,
 ) -> list[KernelLaunch]:
-    splits = g.splits(g.group())
+    splits = g.splits(g.group)
     d_tile, e_tile = g.matrix_tiles
     low = buffers.key_mean_low
     inputs = {
@@ -302,5 +304,6 @@ def _forward(
         "DESCRIPTORS": descriptors, **_dot_arguments(g),
     }  # fmt: skip
     grid = (block_count(g.query_len, g.rows), count * g.group_size)
-    options = g.config.forward if mask is None else g.config.masked or g.config.forward
+    guarded = not descriptors and (mask is not None or not g.whole_width)
+    options = (g.config.guarded if guarded else None) or g.config.forward
     return KernelLaunch("forward", forward_kernel, grid, arguments, _options(options))

@@ -10,7 +10,10 @@ from . import other as other
 from . import plain as plain
 from . import video as video
 from . import video_joint as video_joint
+from .batch import register_batches
 from .case import CASES as CASES
 from .case import Case as Case
 from .case import diffusers_classes as diffusers_classes
 from .case import outputs as outputs
+
+register_batches()

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from pisa_compile import Report
 from pisa_compile.report import Site
@@ -119,7 +119,8 @@ class _Recorder(TorchFunctionMode):
 
         def flex(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._add("flex_attention", query, key)
-            with torch._C.DisableTorchFunction():
+            # It compiles itself, and would trace this mode.
+            with _pop_mode_temporarily():
                 return original(query, key, *args, **kwargs)
 
         self._patches.enter_context(mock.patch.object(flex_attention, "flex_attention", flex))

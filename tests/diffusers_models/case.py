@@ -28,6 +28,7 @@ class Case:
         config: keyword arguments of the constructor.
         make_inputs: keyword arguments of the forward, random from a fixed seed.
         prepare: changes the model after construction.
+        tolerance: for the output at sparsity 0; wider where the model itself casts to 16 bits.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     config: Callable[[], Config]
     make_inputs: Callable[[], Inputs]
     prepare: Callable[[nn.Module], None] | None = None
+    tolerance: float = 1e-4
 
     def build(self) -> nn.Module:
         """A model in evaluation mode, the same at every call."""
@@ -64,13 +66,14 @@ def case(
     name: str,
     cls: Callable[[], type[nn.Module]],
     prepare: Callable[[nn.Module], None] | None = None,
+    tolerance: float = 1e-4,
     **config: Any,
 ) -> Callable[[Callable[[], Inputs]], Case]:
     """Register the decorated function as inputs of the model `cls()(**config)`."""
 
     def register(make_inputs: Callable[[], Inputs]) -> Case:
         assert name not in CASES, name
-        CASES[name] = Case(name, cls, lambda: dict(config), make_inputs, prepare)
+        CASES[name] = Case(name, cls, lambda: dict(config), make_inputs, prepare, tolerance)
         return CASES[name]
 
     return register

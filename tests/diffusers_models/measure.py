@@ -39,6 +39,7 @@ class Row:
         added_graph_breaks: against `backend="eager"`.
         break_reasons: the first line of each break's explanation.
         difference: largest absolute output difference to the reference at sparsity 0.
+        tolerance: what the difference may be, for outputs around 1.
         scale: largest absolute output.
         change: the same difference at sparsity 0.9, which shows that the op runs.
     """
@@ -53,6 +54,7 @@ class Row:
     added_graph_breaks: int
     break_reasons: list[str]
     difference: float
+    tolerance: float
     scale: float
     change: float
     seconds: float
@@ -103,6 +105,7 @@ def measure(case: Case, inner: str = "aot_eager", *, change: bool = True) -> Row
         added_graph_breaks=added,
         break_reasons=reasons,
         difference=difference,
+        tolerance=case.tolerance,
         scale=max(x.abs().max().item() for x in outputs(expected)),
         change=changed,
         seconds=round(time.perf_counter() - start, 1),

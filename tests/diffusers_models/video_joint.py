@@ -26,12 +26,9 @@ _HUNYUAN = {
 )
 def hunyuan_video() -> Inputs:
     return latent_video(
-        hidden_states=randn(2, 4, FRAMES, SIDE, SIDE),
-        timestep=torch.tensor([500, 500]),
-        encoder_hidden_states=randn(2, TEXT, 24),
-        encoder_attention_mask=padded_text(30, 12, dtype=torch.int64),
-        pooled_projections=randn(2, 16),
-        guidance=torch.tensor([6000.0, 6000.0]),
+        encoder_attention_mask=padded_text(dtype=torch.int64),
+        pooled_projections=randn(1, 16),
+        guidance=torch.tensor([6000.0]),
     )
 
 
@@ -196,6 +193,7 @@ def sana_video() -> Inputs:
 
 @diffusers_case(
     "SanaWMTransformer3DModel",
+    tolerance=2e-2,  # it casts query, key and value to bfloat16
     in_channels=4,
     num_layers=2,
     hidden_size=32,

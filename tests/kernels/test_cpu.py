@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +58,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native_names() -> list[str]:
+    names = [name for name in IMPLEMENTATIONS if name != "torch"]
+    if not names:
+        pytest.skip("no C++ compiler, so no native library")
+    return names
 
 
 @every_implementation
@@ -249,6 +262,61 @@ def test_own_threads(name: str) -> None:
         assert torch.equal(out, expected)
 
 
+FORK = """
+import os, torch
+from pisa_compile.kernels.cpu import native
+from pisa_compile.kernels.params import AttentionParams
+from pisa_compile.kernels.testing import random_inputs
+inputs, params = random_inputs(query_len=600), AttentionParams(scale=0.1)
+for team in ("openmp", "own"):
+    expected, _ = native.attention(*inputs.astuple(), params, threads=2, team=team)
+    child = os.fork()
+    if child == 0:
+        out, _ = native.attention(*inputs.astuple(), params, threads=2, team=team)
+        os._exit(0 if torch.equal(out, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_threads_in_a_forked_process(native_names: list[str]) -> None:
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("team", ["openmp", "own"])
+def test_calls_at_the_same_time(native_names: list[str], team: str) -> None:
+    inputs = [random_inputs(query_len=400 + i, seed=i) for i in range(12)]
+    run = partial(native.attention, params=PARAMS, threads=2, team=team)
+    expected = [run(*x.astuple()) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for (out, lse), one in zip(
+                pool.map(lambda x: run(*x.astuple()), inputs), expected, strict=True
+            ):
+                assert torch.equal(out, one[0])
+                assert torch.equal(lse, one[1])
+
+
+def test_offsets_beyond_32_bits(native_names: list[str], tmp_path: Path) -> None:
+    """Heads that lie 2**32 elements apart, in a file that is nearly all hole."""
+    path, apart, tokens = tmp_path / "sparse", 2**32 + 64, 100
+    with path.open("wb") as file:
+        try:
+            file.truncate(2 * (apart + tokens * 8))
+        except OSError as error:
+            pytest.skip(f"no sparse file of 8 GiB: {error}")
+    memory = torch.from_file(str(path), shared=True, size=apart + tokens * 8, dtype=torch.bfloat16)
+    far = memory.as_strided((1, 2, tokens, 8), (0, apart, 8, 1))
+    inputs = random_inputs(query_len=tokens, head_dim=8, dtype=torch.bfloat16)
+    expected, _ = native.attention(*inputs.astuple(), PARAMS)
+    for i in range(3):
+        near = list(inputs.astuple()[:3])
+        far.copy_(near[i])
+        near[i] = far
+        out, _ = native.attention(*near, None, PARAMS)
+        assert torch.equal(out, expected)
+
+
 def test_the_torch_path_restores_the_number_of_threads() -> None:
     torch.set_num_threads(2)
     try:
@@ -262,9 +330,9 @@ def test_the_torch_path_restores_the_number_of_threads() -> None:
         torch.set_num_threads(1)
 
 
-def test_workspace_is_smaller_than_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "baseline" not in IMPLEMENTATIONS:
-        pytest.skip("no C++ compiler, so no native library")
+def test_workspace_is_smaller_than_the_inputs(
+    monkeypatch: pytest.MonkeyPatch, native_names: list[str]
+) -> None:
     sizes: list[int] = []
     empty = torch.empty
 
