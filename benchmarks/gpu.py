@@ -178,11 +178,20 @@ def measure(
     result["extra_memory_share"] = _extra_memory(inputs, params, timer.gpu) / inputs_bytes
     result["eager_host_ms"] = _host_time(candidates["pisa"], timer.gpu)
     medians = _medians(result["times"])
+    if "pisa" not in medians:
+        raise RuntimeError(f"our own op did not run: {result['times']['pisa']}")
     dense = min((t for name, t in medians.items() if name.startswith("dense")), default=None)
     rivals = {"best_dense": dense, "flex": medians.get("flex")}
     rivals["public_reference"] = medians.get("public_reference")
     ours = medians["pisa"]
     result["speedup"] = {name: t / ours if t else None for name, t in rivals.items()}
+    phase = _medians(result["phases"])
+    result["shares"] = {
+        "statistics_and_routing": sum(phase[name] for name in before) / ours,
+        "centroids_and_first_order": (phase["forward_hybrid"] - phase["forward_none"]) / ours,
+        "exact_rate_of_dense_forward": result["tflops"]["forward_none"]
+        / result["tflops"]["triton_dense_forward"],
+    }
     return result
 
 

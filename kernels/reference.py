@@ -98,8 +98,10 @@ def attention(
 
         # One softmax over the selected tokens and the centroids of all other blocks.
         logit = torch.cat([token_logit, block_logit], dim=-1)
+        # Not exp(logit - logsumexp): among logits of 1e8 the sum's logarithm is below rounding.
         log_sum = logit.logsumexp(dim=-1)
-        weight = (logit - log_sum.masked_fill(log_sum == -torch.inf, 0.0)[..., None]).exp()
+        no_key = (log_sum == -torch.inf)[..., None]
+        weight = logit.softmax(dim=-1).masked_fill(no_key, 0.0)
         token_weight, block_weight = weight[..., : k.shape[2]], weight[..., k.shape[2] :]
         block_out = token_weight @ v.masked_fill(~key_mask[:, None, :, None], 0.0)
         block_out = block_out + block_weight @ stats.value_mean

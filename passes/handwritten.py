@@ -176,17 +176,9 @@ class _Match:
         return (same or found)[-1]
 
     def _batch(self, chain: Chain, rows: int, keys: int) -> tuple[int, ...]:
-        """Batch and head axis, in the order of the scores unless only the second has a mask."""
+        """The other axes, in the order of the scores unless only the second of two has a mask."""
         dims = self.axes.resolve(chain.dims)
         batch = tuple(atom for group in dims for atom in group if atom not in (rows, keys))
-        if len(batch) > 2:
-            ones = [atom for atom in batch if statically_known_true(self.axes.sizes[atom] == 1)]
-            batch = tuple(atom for atom in batch if atom not in ones[: len(batch) - 2])
-        if len(batch) > 2:
-            raise MismatchError(
-                f"it has {len(batch)} batch dimensions; 2 are supported, [B, H, T, D]: "
-                "flatten the others into the first"
-            )
         terms = [{a for g in self.axes.resolve(t.dims) for a in g} for t in chain.terms]
         masked = {atom for term in terms for atom in term if keys in term}
         if len(batch) == 2 and batch[1] in masked and batch[0] not in masked:
@@ -205,13 +197,11 @@ class _Match:
         rows, keys, width, value_width = atoms
         check_unchanged(nodes[:2], chain, self.scores.node, self.result.node, self.writes)
         nodes = (*self._without_upcasts(nodes[0], nodes[1]), nodes[2])
-        # [N, T, D] is N batches of one head: masks differ between batches, never between heads.
-        groups: Dims = tuple((atom,) for atom in batch)
-        groups = (*groups, *((),) * (2 - len(batch)))
+        groups, shared = self._groups(batch, dims[1], dims[2])
         wanted = (
             (*groups, (rows,), (width,)),
-            (*groups, (keys,), (width,)),
-            (*groups, (keys,), (value_width,)),
+            (*shared, (keys,), (width,)),
+            (*shared, (keys,), (value_width,)),
         )
         query, key, value = (
             self._view(node, given, want)
@@ -223,7 +213,7 @@ class _Match:
         masks, factors = self._terms(chain, groups, rows, keys)
         weights = {*self.softmax.interior, *(link.node for link in self.forward[:-1])}
         interior = closed_interior(chain, self.scores.node, weights, self.result.node)
-        gqa = self._grouped(query, key, value)
+        gqa = groups != shared or self._one_shared_head(query, key, value)
         return AttentionSite(
             node=self.result.node,
             query=query,
@@ -237,6 +227,22 @@ class _Match:
             result=result,
             interior=interior,
         )
+
+    def _groups(self, batch: tuple[int, ...], key: Dims, value: Dims) -> tuple[Dims, Dims]:
+        """Batch and head dimension of the query, and of key and value, as groups of axes.
+
+        [N, T, D] is N batches of one head: masks differ between batches, never between heads. More
+        than two axes are merged into the batch. The last of them is one of query heads that share a
+        key and a value head, if these lack it.
+        """
+        if len(batch) < 2:
+            groups: Dims = (batch, ())
+            return groups, groups
+        present = {atom for group in (*key, *value) for atom in group}
+        if len(batch) > 2 and batch[-1] not in present:
+            return (batch[:-2], batch[-2:]), (batch[:-2], batch[-2:-1])
+        groups = (batch[:-1], batch[-1:])
+        return groups, groups
 
     def _without_upcasts(self, query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Query and key before a cast to float32, in which the op computes the scores anyway."""
@@ -284,7 +290,7 @@ class _Match:
             # What is added to all scores of a row, such as minus their maximum, changes nothing.
         return tuple(masks), tuple(factors)
 
-    def _grouped(self, query: View, key: View, value: View) -> bool:
+    def _one_shared_head(self, query: View, key: View, value: View) -> bool:
         """One key and value head for all query heads: [B, 1, T, D]."""
         heads = [view.example().shape[1] for view in (query, key, value)]
         one = [statically_known_true(count == 1) for count in heads]

@@ -1,5 +1,6 @@
 """Piecewise sparse attention for diffusion transformers, as a torch.compile backend."""
 
+from .export import rewrite as rewrite
 from .functional import attention as attention
 from .kernels.dispatch import UnsupportedError as UnsupportedError
 from .policy import DENSE as DENSE

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import pisa_compile as pisa
-from pisa_compile.export import rewrite
 from pisa_compile.kernels.testing import relative_l2
 
 from .models import tiny, tokens
@@ -66,7 +65,7 @@ def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_program_is_replaced_saved_and_loaded(dynamic: bool) -> None:
     model, x = tiny().eval(), tokens(100)
-    program = rewrite(export(model, x, dynamic=dynamic), DENSE_ENOUGH)
+    program = pisa.rewrite(export(model, x, dynamic=dynamic), DENSE_ENOUGH)
     assert sites(program) == 2
     loaded = saved_and_loaded(program)
     for count in (100, 77) if dynamic else (100,):
@@ -85,7 +84,7 @@ def test_program_is_replaced_saved_and_loaded(dynamic: bool) -> None:
     ids=["spelled", "merged", "weights_returned"],
 )
 def test_other_spellings(model: nn.Module, inputs: tuple[Tensor, ...], expected: int) -> None:
-    program = rewrite(export(model, *inputs), DENSE_ENOUGH)
+    program = pisa.rewrite(export(model, *inputs), DENSE_ENOUGH)
     assert sites(program) == expected
     with torch.no_grad():
         out = saved_and_loaded(program).module()(*inputs)
@@ -95,7 +94,7 @@ def test_other_spellings(model: nn.Module, inputs: tuple[Tensor, ...], expected:
 def test_original_stays_as_it_is_and_sparsity_takes_effect() -> None:
     model, x = tiny().eval(), tokens(256)
     program = export(model, x)
-    sparse = rewrite(program, SPARSE)
+    sparse = pisa.rewrite(program, SPARSE)
     assert (sites(program), sites(sparse)) == (0, 2)
     with torch.no_grad():
         assert relative_l2(program.module()(x), model(x)) < 1e-6
@@ -104,7 +103,7 @@ def test_original_stays_as_it_is_and_sparsity_takes_effect() -> None:
 
 def test_decompositions_keep_the_op() -> None:
     model, x = tiny().eval(), tokens(64)
-    program = rewrite(export(model, x), DENSE_ENOUGH).run_decompositions()
+    program = pisa.rewrite(export(model, x), DENSE_ENOUGH).run_decompositions()
     assert sites(program) == 2
     with torch.no_grad():
         assert relative_l2(program.module()(x), model(x)) < 1e-5
@@ -116,23 +115,23 @@ def test_policies_on_modules_are_followed(strict: bool) -> None:
     pisa.set_policy(model, {"blocks.1": pisa.DENSE})
     with torch.no_grad():
         program = torch.export.export(model, (x,), strict=strict)
-    assert sites(rewrite(program, DENSE_ENOUGH)) == 1
+    assert sites(pisa.rewrite(program, DENSE_ENOUGH)) == 1
 
 
 def test_default_policy_keeps_short_programs_dense() -> None:
     model, x = tiny().eval(), tokens(64)
-    assert sites(rewrite(export(model, x))) == 0
+    assert sites(pisa.rewrite(export(model, x))) == 0
 
 
 def test_plain_modules_are_refused() -> None:
     with pytest.raises(TypeError, match="backend='pisa'"):
-        rewrite(tiny())  # type: ignore[arg-type]
+        pisa.rewrite(tiny())  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_aot_inductor_package(tmp_path: Path) -> None:
     model, x = tiny(1).eval(), tokens(64)
-    program = rewrite(export(model, x, dynamic=True), DENSE_ENOUGH)
+    program = pisa.rewrite(export(model, x, dynamic=True), DENSE_ENOUGH)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "model.pt2")
@@ -148,5 +147,5 @@ def test_written_out_functional_is_exported_as_the_op() -> None:
             return pisa.attention(q, q, q, sparsity=0.0, impl="reference")
 
     q = torch.randn(1, 2, 40, 8)
-    program = rewrite(export(Sparse(), q), DENSE_ENOUGH)
+    program = pisa.rewrite(export(Sparse(), q), DENSE_ENOUGH)
     torch.testing.assert_close(program.module()(q), F.scaled_dot_product_attention(q, q, q))

@@ -60,7 +60,7 @@ INTERPRETER = Config(centroids=32, tile=64)
 
 # Float32 operands are split into TF32 parts in registers, so everything is small. Rarely used.
 _FLOAT32 = Config(
-    rows=32, keys=16, centroids=16, tile=64, in_chunks=True, forward=Launch(8, 1)
+    rows=32, keys=16, centroids=16, tile=16, norm_tile=32, in_chunks=True, forward=Launch(8, 1)
 )  # fmt: skip
 _SMALL_KEYS = Config(keys=32, centroids=32)
 _WIDE = Config(keys=16, centroids=16, forward=Launch(8, 2))

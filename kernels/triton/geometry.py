@@ -133,7 +133,8 @@ class Geometry:
 
         Padded columns guard every load; wide tiles would then spill registers.
         """
-        return self._tiles(self.config.tile if self.whole_width else self.config.norm_tile)
+        guarded = min(self.config.tile, self.config.norm_tile)
+        return self._tiles(self.config.tile if self.whole_width else guarded)
 
     @cached_property
     def norm_tiles(self) -> tuple[int, int]:

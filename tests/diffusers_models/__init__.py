@@ -4,9 +4,11 @@ Everything from a model library is imported when a case is built, never here.
 """
 
 # Importing these registers their cases.
+from . import audio as audio
 from . import flux_like as flux_like
 from . import image as image
-from . import other as other
+from . import image_text as image_text
+from . import packed as packed
 from . import plain as plain
 from . import video as video
 from . import video_joint as video_joint

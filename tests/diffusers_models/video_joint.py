@@ -276,31 +276,3 @@ def kandinsky6_sr() -> Inputs:
         "timestep": torch.tensor([500.0]),
         "return_dict": False,
     }
-
-
-_JOY = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "text_dim": 24,
-    "num_layers": 2,
-    "rope_dim_list": [4, 6, 6],
-}
-
-
-@diffusers_case("JoyImageEditTransformer3DModel", **_JOY)
-def joy_image() -> Inputs:
-    return latent_video()
-
-
-@diffusers_case("JoyImageEditPlusTransformer3DModel", **_JOY)
-def joy_image_plus() -> Inputs:
-    return {
-        "hidden_states": randn(1, 300, 4, 1, 2, 2),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": randn(1, TEXT, 24),
-        "encoder_hidden_states_mask": padded_text(dtype=torch.int64),
-        "shape_list": [[(1, 10, 10), (2, 10, 8)]],
-        "return_dict": False,
-    }

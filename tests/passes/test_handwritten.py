@@ -151,6 +151,25 @@ def one_key_head_for_all(q, k, v):
     return (q @ k[:, :1].mT).softmax(-1) @ v[:, :1]
 
 
+@spelling()
+def windows_in_a_dimension_of_their_own(q, k, v):
+    q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@spelling()
+def query_heads_in_groups(q, k, v):
+    q = torch.stack([q, 2 * q], dim=2)  # [B, G, H / G, T, D]
+    return ((q @ k[:, :, None].mT).softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+
+@spelling()
+def query_heads_in_groups_by_einsum(q, k, v):
+    q = torch.stack([q, 2 * q], dim=2)
+    weights = torch.einsum("bgntd,bgsd->bgnts", q, k).softmax(-1)
+    return torch.einsum("bgnts,bgsd->btgnd", weights, v)
+
+
 # --- how keys are transposed
 
 
@@ -362,6 +381,13 @@ def padding_mask_on_token_first_scores(q, k, v):
     return torch.einsum("btsh,bhsd->bthd", scores.softmax(dim=2), v)
 
 
+@spelling()
+def padding_mask_per_head(q, k, v):
+    """The op then takes heads for batches, which is the same."""
+    allowed = torch.arange(T) < torch.arange(T - H, T)[:, None, None]
+    return (q @ k.mT).masked_fill(~allowed, -math.inf).softmax(-1) @ v
+
+
 def keys() -> Tensor:
     """Boolean [B, T]; only the first tokens take part, more of them in later batches."""
     return torch.arange(T) < torch.arange(T - B + 1, T + 1)[:, None] - 5
@@ -471,8 +497,8 @@ def causal(q, k, v):
 
 
 @near_miss("differs between heads")
-def mask_per_head(q, k, v):
-    allowed = torch.rand(H, 1, T) > -1
+def mask_per_batch_and_head(q, k, v):
+    allowed = torch.rand(B, H, 1, T) > -1
     return (q @ k.mT).masked_fill(~allowed, -math.inf).softmax(-1) @ v
 
 
@@ -520,10 +546,11 @@ def complex_numbers(q, k, v):
     return (q @ k.mH).abs().softmax(-1) @ v
 
 
-@near_miss("batch dimensions")
-def windows_in_a_dimension_of_their_own(q, k, v):
-    q, k, v = (x.unflatten(2, (4, -1)) for x in (q, k, v))
-    return (q @ k.mT).softmax(-1) @ v
+@near_miss("cannot be brought to [B, H, T, D]")
+def windows_that_share_their_keys(q, k, v):
+    """A batch of windows on one batch of keys, [B, W, H, T, D] on [B, 1, H, T, D]."""
+    q = torch.stack([q, 2 * q], dim=1)
+    return (q @ k[:, None].mT).softmax(-1) @ v[:, None]
 
 
 @near_miss("scales its scores differently per key")

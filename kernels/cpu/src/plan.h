@@ -10,9 +10,8 @@
 
 namespace pisa {
 
-constexpr int64_t kTile = 64;       // query rows of a tile and keys of a chunk, at most
-constexpr int64_t kMaxBlock = 128;  // tokens per block, at most
-constexpr int64_t kMaxChunks = 8;   // parts of H that are summed separately, at most
+constexpr int64_t kTile = 64;      // query rows of a tile and keys of a chunk, at most
+constexpr int64_t kMaxChunks = 8;  // parts of H that are summed separately, at most
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; }
@@ -53,8 +52,9 @@ struct Plan {
     norm = take(covariance ? heads * blocks : 0);
     pack = take(packed ? heads * packed_size : 0);
     shared = total;
-    keys = take(kMaxBlock * ld_key);
-    values = take(kMaxBlock * ld_value);
+    const int64_t rows_in_scratch = std::max(c.block, kTile);
+    keys = take(rows_in_scratch * ld_key);
+    values = take(rows_in_scratch * ld_value);
     query = take(kTile * ld_key);
     logits = take(kTile * kTile);
     acc = take(kTile * ld_value);
