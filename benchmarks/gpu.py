@@ -14,12 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,6 @@ if "--smoke" in sys.argv:
 
 import gpu_timing
 import torch
-import triton
 from gpu_timing import Run, Timer
 from torch import Tensor
 
@@ -87,9 +82,13 @@ def main() -> int:
     if failures:
         print("\n".join(["not measured, because results are wrong:", *failures]), file=sys.stderr)
         return 1
-    record: dict[str, Any] = {"environment": environment(device), "checks": checks, "results": []}
+    record: dict[str, Any] = {
+        "environment": gpu_timing.environment(device, ROOT, device_of(device).arch),
+        "checks": checks,
+        "results": [],
+    }
     timer = Timer(device, arguments.rounds)
-    record["matmul_tflops"] = matmul_tflops(timer, device)
+    record["matmul_tflops"] = gpu_timing.matmul_tflops(timer, device)
     for shape in shapes:
         for density in arguments.densities:
             result = measure(shape, density, device, timer, arguments.reference_path)
@@ -97,7 +96,7 @@ def main() -> int:
             print(_line(result), flush=True)
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(record, indent=1))
-    record["environment_after"] = environment(device)
+    record["environment_after"] = gpu_timing.environment(device, ROOT, device_of(device).arch)
     arguments.output.write_text(json.dumps(record, indent=1))
     print(f"written to {arguments.output}")
     return 0
@@ -175,8 +174,10 @@ def measure(
     result["flops"] = _flops(shape, int(selected.sum()))
     result["tflops"] = _tflops(result)
     inputs_bytes = 3 * q.numel() * q.element_size()
-    result["extra_memory_share"] = _extra_memory(inputs, params, timer.gpu) / inputs_bytes
-    result["eager_host_ms"] = _host_time(candidates["pisa"], timer.gpu)
+    result["extra_memory_share"] = (
+        gpu_timing.extra_memory(candidates["pisa"], timer.gpu) / inputs_bytes
+    )
+    result["eager_host_ms"] = gpu_timing.host_time(candidates["pisa"], timer.gpu)
     medians = _medians(result["times"])
     if "pisa" not in medians:
         raise RuntimeError(f"our own op did not run: {result['times']['pisa']}")
@@ -264,62 +265,6 @@ def _tflops(result: dict[str, Any]) -> dict[str, float]:
         "triton_dense_forward": flops["dense"],
     }
     return {name: amount / ms[name] / 1e9 for name, amount in work.items()}
-
-
-def _extra_memory(inputs: Inputs, params: AttentionParams, gpu: bool) -> float:
-    """Peak bytes beyond what was allocated before and the results."""
-    if not gpu:
-        return float("nan")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out, lse = attention(*inputs.astuple(), params)
-    results = out.numel() * out.element_size() + lse.numel() * lse.element_size()
-    return float(torch.cuda.max_memory_allocated() - before - results)
-
-
-def _host_time(function: Run, gpu: bool) -> float:
-    """Time until an eager call returns; any synchronisation inside is an error."""
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    start = time.perf_counter()
-    function()
-    elapsed = (time.perf_counter() - start) * 1e3
-    if gpu:
-        torch.cuda.set_sync_debug_mode("default")
-    return elapsed
-
-
-def matmul_tflops(timer: Timer, device: torch.device) -> float:
-    size, dtype = (8192, torch.bfloat16) if timer.gpu else (256, torch.float32)
-    a = torch.randn(size, size, device=device).to(dtype)
-    return 2.0 * size**3 / timer({"matmul": lambda: a @ a})["matmul"]["median_ms"] / 1e9
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    def ask(*command: str) -> str | None:
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
-            return result.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": ask("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "changed_files": ask("git", "-C", str(ROOT), "status", "--porcelain"),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "architecture": device_of(device).arch,
-        "clocks": ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-    }
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -1,15 +1,19 @@
-"""Timing and the rivals of `gpu.py`."""
+"""What `gpu.py` measures with: timer, rivals, memory and the description of the machine."""
 
 from __future__ import annotations
 
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -126,3 +130,58 @@ def missing(reason: str) -> Run:
         raise RuntimeError(reason)
 
     return run
+
+
+def extra_memory(function: Run, gpu: bool) -> float:
+    """Peak bytes beyond what was allocated before and the tensors that `function` returns."""
+    if not gpu:
+        return float("nan")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = sum(t.numel() * t.element_size() for t in function())
+    return float(torch.cuda.max_memory_allocated() - before - results)
+
+
+def host_time(function: Run, gpu: bool) -> float:
+    """Time until an eager call returns; any synchronisation inside is an error."""
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    start = time.perf_counter()
+    function()
+    elapsed = (time.perf_counter() - start) * 1e3
+    if gpu:
+        torch.cuda.set_sync_debug_mode("default")
+    return elapsed
+
+
+def matmul_tflops(timer: Timer, device: torch.device) -> float:
+    size, dtype = (8192, torch.bfloat16) if timer.gpu else (256, torch.float32)
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2.0 * size**3 / timer({"matmul": lambda: a @ a})["matmul"]["median_ms"] / 1e9
+
+
+def environment(device: torch.device, root: Path, architecture: str) -> dict[str, Any]:
+    def ask(*command: str) -> str | None:
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            return result.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": ask("git", "-C", str(root), "rev-parse", "HEAD"),
+        "changed_files": ask("git", "-C", str(root), "status", "--porcelain"),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "architecture": architecture,
+        "clocks": ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+    }

@@ -112,10 +112,10 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 
 def _call(name: str, node: fx.Node) -> Call:
-    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.startswith("__"))
+    plain = name.strip("_")
+    in_place = plain in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     if isinstance(node.target, torch._ops.OpOverload):
         in_place = node.target._schema.is_mutable
-    plain = name.strip("_")
     args, kwargs = node.args, dict(node.kwargs)
     if not args and (first := kwargs.keys() & {"input", "self"}):
         args = (kwargs.pop(first.pop()),)

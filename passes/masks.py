@@ -56,6 +56,21 @@ class MaskAnalysis:
     def __post_init__(self) -> None:
         self.facts = MaskFacts(self.writes)
 
+    def hand_down(
+        self, source: fx.Node, reader: fx.Node, inner: MaskAnalysis, given: fx.Node
+    ) -> None:
+        """Tell the analysis of an inner graph what is known of one of its inputs.
+
+        Args:
+            source: the tensor that `reader`, which runs the inner graph, passes in.
+            given: the input that stands for it there.
+        """
+        try:
+            if self.writes.value(source, reader) is source:
+                inner.facts.adopt(given, self.facts, source)
+        except UnknownValueError:
+            pass
+
     def padding(self, site: AttentionSite) -> Padding | str:
         """The key padding that the masks of `site` amount to, or why they do not."""
         keys: list[Mask] = []

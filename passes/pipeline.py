@@ -15,7 +15,7 @@ from .flex import FlexAttention
 from .grouped import without_copies
 from .handwritten import HandWrittenAttention
 from .opaque import expand, inline, inputs_of, is_opaque
-from .regions import separate
+from .regions import common_operands, separate
 from .rewrite import AttentionRewrite, GraphFacts
 from .sdpa import ScaledDotProductAttention
 from .site import AttentionSite, Decision, NearMiss, module_stack
@@ -71,6 +71,8 @@ class _Walk:
         if node.op == "get_attr" and isinstance(child := _attribute(gm, node), fx.GraphModule):
             if id(child) not in self.done:
                 inner = GraphFacts.of(child.graph, facts.gradients)
+                for call, source, input_ in common_operands(gm, node, child):
+                    facts.masks.hand_down(source, call, inner.masks, input_)
                 self.done[id(child)] = self.graph(child, inner)
             return self.done[id(child)]
         if is_opaque(node):
@@ -91,7 +93,7 @@ class _Walk:
             gradients = any(isinstance(x, Tensor) and x.requires_grad for x in outputs)
         inner = GraphFacts.of(expanded.graph, gradients)
         for input_, source in inputs_of(node, expanded):
-            inner.masks.facts.adopt(input_, facts.masks.facts, source)
+            facts.masks.hand_down(source, node, inner.masks, input_)
         decisions = self.graph(expanded, inner)
         if any(decision.replaced for decision in decisions):
             inline(node, expanded)

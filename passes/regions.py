@@ -11,8 +11,10 @@ from collections import defaultdict
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from ..annotation import policy_keys
+from .fake import is_tensor
 
 _CALL = torch.ops.higher_order.invoke_subgraph
 
@@ -34,6 +36,27 @@ def separate(gm: fx.GraphModule) -> None:
                 region = _copy(gm.get_submodule(name), traced, around, suffix)
                 gm.add_submodule(name + suffix, region)
                 _redirect(members, name + suffix, suffix)
+
+
+def common_operands(
+    gm: fx.GraphModule, body: fx.Node, child: fx.GraphModule
+) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Operands that all calls of a child graph share: `(last call, operand, input of child)`."""
+    bodies = gm.graph.find_nodes(op="get_attr", target=body.target)
+    calls = sorted({call for node in bodies for call in node.users})
+    inputs = child.graph.find_nodes(op="placeholder")
+    given: list[tuple[fx.Node, ...]] = []
+    for call in calls:
+        # What stands before the operands differs: a predicate, bodies, identifiers.
+        nodes = [x for x in tree_leaves(call.args) if isinstance(x, fx.Node)]
+        given.append(tuple(nodes[len(nodes) - len(inputs) :]))
+    if not given or any(len(operands) != len(inputs) for operands in given):
+        return []
+    return [
+        (calls[-1], operands[0], input_)
+        for input_, *operands in zip(inputs, *given, strict=True)
+        if len(set(operands)) == 1 and is_tensor(operands[0])
+    ]
 
 
 def _redirect(calls: list[fx.Node], name: str, suffix: str) -> None:

@@ -220,9 +220,9 @@ def test_mode_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPatc
     before = config.get_config_copy()
     with torch.no_grad():
         torch.compile(tiny(1), backend="pisa", mode="max-autotune-no-cudagraphs")(tokens())
-        torch.compile(
-            tiny(1), backend="pisa", options={"sparsity": 0.5, "epilogue-fusion": False}
-        )(tokens())
+        torch.compile(tiny(1), backend="pisa", options={"sparsity": 0.5, "epilogue-fusion": False})(
+            tokens()
+        )
     assert seen[0]["max_autotune"] is True
     assert seen[1] == {"epilogue_fusion": False}
     assert config.get_config_copy() == before

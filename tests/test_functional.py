@@ -104,7 +104,9 @@ def bad(words: str, error: type[Exception] = ValueError, **change: Any) -> Any:
         bad("one batch size", query=torch.zeros(3, 2, 8, 4)),
         bad("one head count and length", value=torch.zeros(1, 2, 9, 4)),
         bad("one dtype.*value torch.float64", TypeError, value=torch.zeros(1, 2, 8, 4).double()),
-        bad("floating-point dtype, got torch.int64", TypeError, query=torch.ones(1, 2, 8, 4).long()),
+        bad(
+            "floating-point dtype, got torch.int64", TypeError, query=torch.ones(1, 2, 8, 4).long()
+        ),
         bad("one device.*value meta", TypeError, value=torch.zeros(1, 2, 8, 4, device="meta")),
         bad("at least one token", key=torch.zeros(1, 2, 0, 4), value=torch.zeros(1, 2, 0, 4)),
         bad(r"sparsity must be in \[0, 1\), got 1.0", sparsity=1.0),

@@ -29,7 +29,14 @@ def test_opcheck(op: Any, layout: str, impl: str) -> None:
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_opcheck_with_every_argument(op: Any) -> None:
     inputs = random_inputs(
-        batch=2, heads=4, kv_heads=2, query_len=90, key_len=150, head_dim=16, value_dim=8, masked=0.2
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        query_len=90,
+        key_len=150,
+        head_dim=16,
+        value_dim=8,
+        masked=0.2,
     )
     torch.library.opcheck(
         op,
@@ -75,7 +82,7 @@ def test_flop_counter_uses_the_formula(order: str, exact: tuple[int, int]) -> No
     params = AttentionParams(1.0, 0.5, 64, "topk", order, exact)
     flops = attention_flops(*shapes, params)
     assert counter.get_total_flops() == flops
-    assert 0 < flops
+    assert flops > 0
     if exact == (500, 0):
         assert flops >= dense_flops(*shapes)
     elif order != "blockwise":

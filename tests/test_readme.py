@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.cpu import markdown
 from pisa_compile.kernels.testing import random_inputs
 
 from .models import TinyTransformer, tiny, tokens
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 class Repeating(TinyTransformer):
@@ -45,6 +48,11 @@ def test_readme_runs() -> None:
         names["pipe"].transformer(tokens(100))
     assert names["out"].isfinite().all()
     assert names["VideoSelfAttention"].__mro__[1] is nn.Module
+
+
+def test_speed_table_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    assert f"cpu.json -->\n{markdown(record)}\n<!-- end -->" in README
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)

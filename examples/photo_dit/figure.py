@@ -1,4 +1,4 @@
-"""The picture of a comparison: dense, pisa and their difference, one column per class."""
+"""The two drawings: a comparison of dense and sparse pictures, and the loss of a training run."""
 
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,23 @@ def save_comparison(
     figure.suptitle(
         f"{numbers['tokens']:,} tokens, {numbers['steps']} steps, same noise", fontsize=12
     )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_loss(losses: list[tuple[int, float]], stages: list[tuple[str, int]], path: Path) -> None:
+    """Draw (step, loss) over a shade per kind of stage; `stages` is (name, steps) in order."""
+    figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    axes.plot(*zip(*losses, strict=True), lw=1, color="0.15")
+    shades: dict[str, str] = {}
+    first = 0
+    for name, steps in stages:
+        label = None if name in shades else name
+        shade = shades.setdefault(name, f"C{len(shades)}")
+        axes.axvspan(first, first + steps, color=shade, alpha=0.25, lw=0, label=label)
+        first += steps
+    axes.set(xlabel="step", ylabel="mean square velocity error", yscale="log", xlim=(0, first))
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

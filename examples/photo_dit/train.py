@@ -21,11 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 from rich.progress import (
     BarColumn,
@@ -39,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import PHOTOS, Batch, PhotoSet
+from .figure import save_loss
 from .model import DiTConfig, PhotoDiT
 from .sampling import euler_step, noise, shift_time, time_grid, to_uint8
 from .weights import WEIGHTS, save_weights
@@ -66,6 +63,12 @@ class Stage:
                 f"a stage is GRID:WINDOW:BATCH:STEPS, four integers; got {text!r}"
             ) from None
 
+    def __str__(self) -> str:
+        whole = f"{self.grid}x{self.grid} patches"
+        if self.window == self.grid:
+            return whole
+        return f"{whole}, windows of {self.window}x{self.window}"
+
     @property
     def work(self) -> float:
         """Relative cost of the stage: its tokens."""
@@ -76,10 +79,10 @@ DEFAULT_STAGES = (
     Stage(16, 16, 16, 800),
     Stage(32, 32, 4, 250),
     Stage(64, 16, 16, 900),
-    Stage(64, 32, 4, 600),
+    Stage(64, 32, 4, 500),
+    Stage(64, 64, 1, 50),
+    Stage(64, 32, 4, 100),
     Stage(64, 64, 1, 60),
-    Stage(64, 32, 4, 300),
-    Stage(64, 64, 1, 160),
 )
 
 
@@ -179,26 +182,6 @@ def preview(run: "Run", grid: int, path: Path) -> None:
     sheet.save(path)
 
 
-def save_loss(history: list[tuple[int, int, float]], stages: list[Stage], folder: Path) -> None:
-    """Write `loss.json` (step, grid, mean loss since the last entry) and `loss.png`."""
-    records = [{"step": s, "grid": g, "loss": round(v, 6)} for s, g, v in history]
-    (folder / "loss.json").write_text(json.dumps(records) + "\n")
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    axes.plot([s for s, _, _ in history], [v for _, _, v in history], lw=1)
-    first = 0
-    for stage in stages:
-        if first:
-            axes.axvline(first, color="0.7", lw=0.8)
-        label = f"{stage.grid}x{stage.grid}" + (
-            f"\nwindows {stage.window}x{stage.window}" if stage.window < stage.grid else ""
-        )
-        axes.text(first, axes.get_ylim()[1], f" {label}", va="top", fontsize=7, color="0.3")
-        first += stage.steps
-    axes.set(xlabel="step", ylabel="velocity error (mean square)", yscale="log")
-    figure.savefig(folder / "loss.png", dpi=130)
-    plt.close(figure)
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.photo_dit.train",
@@ -251,7 +234,11 @@ class Run:
         aside = self.checkpoint.with_suffix(".new")
         torch.save(self.state(), aside)
         os.replace(aside, self.checkpoint)
-        save_loss(self.history, self.args.stages, self.args.work_dir)
+        records = [{"step": s, "grid": g, "loss": round(v, 6)} for s, g, v in self.history]
+        (self.args.work_dir / "loss.json").write_text(json.dumps(records) + "\n")
+        spans = [(str(stage), stage.steps) for stage in self.args.stages]
+        losses = [(step, loss) for step, _, loss in self.history]
+        save_loss(losses, spans, self.args.work_dir / "loss.png")
 
     def resume(self) -> None:
         if not self.checkpoint.exists():

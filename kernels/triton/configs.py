@@ -91,7 +91,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     "sm_90": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
         64: Config(descriptors=True, forward=Launch(4, 3)),
-        128: Config(descriptors=True, guarded=Launch(8, 2)),
+        128: Config(descriptors=True, guarded=Launch(8, 1)),
         256: replace(_SMALL_KEYS, descriptors=True, forward=Launch(8, 2)),
     },
     # tcgen05 and TMA, 227 KB

@@ -158,6 +158,18 @@ def test_stays_one_node_and_says_why(name: str) -> None:
     assert any("multi_head_attention" in x or "encoder_layer_fwd" in x for x in targets)
 
 
+def test_mask_changed_before_the_module_is_not_trusted() -> None:
+    module = attention()
+
+    def function(x: Tensor) -> Tensor:
+        mask = torch.zeros(B, T).masked_fill(padding(), -torch.inf)
+        mask[:, :3] = -0.5
+        return module(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    result = rewrite(function, tokens())
+    assert "relative positions or ALiBi" in result.reasons[0]
+
+
 def test_gradients_keep_it_dense() -> None:
     module = attention()
     result = rewrite(lambda x: module(x, x, x, need_weights=False)[0], tokens(), grad=True)

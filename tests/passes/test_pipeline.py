@@ -146,6 +146,26 @@ def test_decomposed_graph_of_make_fx() -> None:
     torch.testing.assert_close(gm(q, k, v), spelled(q, k, v))
 
 
+@pytest.mark.parametrize("changed", [False, True], ids=["kept", "changed"])
+def test_mask_built_outside_of_a_region(changed: bool) -> None:
+    """What is known of an operand is known inside, unless it changed on the way."""
+
+    @torch.compiler.nested_compile_region
+    def region(q: Tensor, bias: Tensor) -> Tensor:
+        return sdpa(q, q, q, attn_mask=bias)
+
+    def function(q: Tensor, valid: Tensor) -> Tensor:
+        bias = torch.zeros(2, 1, 1, 40).masked_fill(~valid[:, None, None], float("-inf"))
+        if changed:
+            bias[:, :, :, 3:] += valid[:, None, None, 3:] * 2.0
+        return region(region(q, bias), bias)
+
+    valid = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) > 0.3
+    result = rewrite(function, inputs()[0], valid)
+    assert [decision.replaced for decision in result.decisions] == [not changed] * 2
+    assert result.error < 1e-5
+
+
 def test_gradients_in_a_checkpointed_block_keep_it_dense() -> None:
     layer = nn.Linear(16, 16)
     result = rewrite(
