@@ -312,11 +312,12 @@ def main(argv: list[str] | None = None) -> None:
     with Progress(*columns) as progress:
         train(run, progress)
     given = sys.argv[1:] if argv is None else argv
+    last = [loss for _, _, loss in run.history[-5:]]  # 100 steps: single ones are noisy
     origin = {
         "command": shlex.join(["python", "-m", "examples.photo_dit.train", *given]),
         "seed": args.seed,
         "steps": run.step,
-        "loss": round(run.history[-1][2], 5),
+        "loss": round(sum(last) / len(last), 5),
         "torch": torch.__version__,
     }
     save_weights(run.average.state, run.model.config, origin, args.weights)
