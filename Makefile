@@ -11,6 +11,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm # not torchvision
 	touch $@
 
 demo: $(VENV)/installed ## generate pictures with dense and with sparse attention

@@ -89,7 +89,9 @@ class Report:
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table(*_COLUMNS)
+        table = Table()
+        for column in _COLUMNS:
+            table.add_column(column, overflow="fold")  # never cut a module's name
         for row in self._rows():
             table.add_row(*row)
         return table
