@@ -272,7 +272,8 @@ class Run:
 def train(run: Run, progress: Progress) -> None:
     """All remaining steps, with checkpoints, previews and a loss history."""
     args = run.args
-    task = progress.add_task("train", total=sum(s.steps for s in args.stages), completed=run.step)
+    total = sum(stage.steps for stage in args.stages)
+    task = progress.add_task("train", total=total, completed=run.step)
     photos: dict[int, PhotoSet] = {}
     recent: list[float] = []
     saved = time.monotonic()
@@ -281,7 +282,7 @@ def train(run: Run, progress: Progress) -> None:
         if grid not in photos:
             photos[grid] = PhotoSet(grid, run.model.config.patch)
         recent.append(run.advance(position, photos[grid]))
-        if run.step % 20 == 0:
+        if run.step % 20 == 0 or run.step == total:
             run.history.append((run.step, grid, sum(recent) / len(recent)))
             progress.update(task, description=f"{grid}x{grid} loss {run.history[-1][2]:.4f}")
             recent.clear()
