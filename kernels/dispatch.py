@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ def attention(
     key_mask: Tensor | None,
     params: AttentionParams,
     impl: str | None = None,
+    *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one call; arguments and results as in `reference.attention`.
 
@@ -35,15 +39,16 @@ def attention(
         UnsupportedError: `impl` names an implementation that cannot run this call.
     """
     name = _resolve(query, value, params, impl)
+    run: Callable[..., tuple[Tensor, Tensor]] = reference.attention
     if name == "cpu":
         from . import cpu
 
-        return cpu.attention(query, key, value, key_mask, params)
-    if name == "triton":
+        run = cpu.attention
+    elif name == "triton":
         from . import triton
 
-        return triton.attention(query, key, value, key_mask, params)
-    return reference.attention(query, key, value, key_mask, params)
+        run = triton.attention
+    return run(query, key, value, key_mask, params, density=density, permutation=permutation)
 
 
 def refusal(

@@ -1,7 +1,7 @@
 """What every implementation of the op is told, and the block arithmetic they share.
 
-Plain Python: no tensors are created here, so that the specification, the CPU path and the Triton
-launcher cannot disagree about which block is where.
+No tensors are created here, so that the specification, the CPU path and the Triton launcher cannot
+disagree about which block is where.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from torch import Tensor
+
 ROUTINGS = ("topk", "topk_covariance", "threshold")
-ORDERS = ("none", "zeroth", "hybrid", "blockwise")
+ORDERS = ("none", "zeroth", "hybrid", "corrected", "blockwise")
 BLOCK_SIZES = (16, 32, 64, 128)
+# Upper limit of the tail-mass correction of order "corrected", in nats.
+CORRECTION_CAP = 8.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class AttentionParams:
         return 1.0 - self.sparsity
 
     @property
+    def first_order(self) -> bool:
+        """Whether one first-order matrix serves all approximated blocks of a head."""
+        return self.order in ("hybrid", "corrected")
+
+    @property
     def threshold_beta(self) -> float:
         """Threshold in standard deviations above the row mean: density is close to 1 - Phi(beta).
 
@@ -57,6 +66,14 @@ def block_count(tokens: int, block_size: int) -> int:
 def exact_block_count(density: float, blocks: int) -> int:
     """Number of routed exact blocks out of `blocks`: rounded up, so never sparser than asked."""
     return min(blocks, max(1, math.ceil(density * blocks - 1e-6))) if blocks else 0
+
+
+def exact_block_counts(density: Tensor, blocks: int) -> Tensor:
+    """`exact_block_count` where the density is a float tensor: no value is read on the host.
+
+    The tolerance is wider, because a float32 density may be off by 6e-8 of itself.
+    """
+    return (density * blocks - 1e-6 * blocks).ceil().clamp(1, blocks)
 
 
 def free_blocks(tokens: int, params: AttentionParams) -> tuple[int, int]:

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .params import AttentionParams, block_count, exact_block_count, free_blocks
+from .params import (
+    CORRECTION_CAP,
+    AttentionParams,
+    block_count,
+    exact_block_count,
+    exact_block_counts,
+    free_blocks,
+)
 
 # Added to a covariance norm before its logarithm; blocks of identical keys have norm zero.
 COVARIANCE_EPS = 1e-6
@@ -51,6 +58,9 @@ def attention(
     value: Tensor,
     key_mask: Tensor | None,
     params: AttentionParams,
+    *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Piecewise sparse attention.
 
@@ -60,12 +70,18 @@ def attention(
         value: [B, G, Tk, E].
         key_mask: boolean [B, Tk], True where a key takes part, or None.
         params: validated settings.
+        density: float32 [] or [H], the fraction of blocks that is exact, per head; it takes the
+            place of `params.density`, and 1 or more is dense attention.
+        permutation: integer [T], the order in which the tokens of self-attention are cut into
+            blocks: place i holds token `permutation[i]`. The exact ranges count places.
 
     Returns:
         Output [B, H, Tq, E] in the query's dtype, in [B, Tq, H, E] memory order, and the natural
         log-sum-exp [B, H, Tq] of the approximated denominator in float32. Rows that have no valid
         key give zeros and -inf.
     """
+    if permutation is not None:
+        return _in_order(query, key, value, key_mask, params, density, permutation)
     batch, heads, query_len, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     size = params.block_size
@@ -76,8 +92,11 @@ def attention(
         key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
 
     stats = block_statistics(k, v, key_mask, size)
-    selected = route(q, stats, key.shape[2], params)  # [B, H, M, N]
-    first_order = _first_order_matrix(stats, params.order)
+    selected = route(q, stats, key.shape[2], params, density)  # [B, H, M, N]
+    first_order = _first_order_matrix(stats, params)
+    log_weight = stats.length.clamp(min=1).to(dtype).log()  # [B, 1, N]
+    if params.order == "corrected":
+        log_weight = log_weight + tail_mass_correction(q, stats, params.scale, key.shape[1])
     key_block = torch.arange(key.shape[2], device=key.device) // size
 
     out = query.new_empty(batch, query_len, heads, value.shape[3]).transpose(1, 2)
@@ -93,7 +112,7 @@ def attention(
         approximated = stats.valid & ~exact
         if params.order == "none":
             approximated = torch.zeros_like(approximated)
-        block_logit = block_logit + stats.length.clamp(min=1).to(dtype).log()[:, :, None]
+        block_logit = block_logit + log_weight[:, :, None]
         block_logit = block_logit.masked_fill(~approximated[:, :, None], -torch.inf)
 
         # One softmax over the selected tokens and the centroids of all other blocks.
@@ -105,7 +124,7 @@ def attention(
         token_weight, block_weight = weight[..., : k.shape[2]], weight[..., k.shape[2] :]
         block_out = token_weight @ v.masked_fill(~key_mask[:, None, :, None], 0.0)
         block_out = block_out + block_weight @ stats.value_mean
-        if params.order == "hybrid":
+        if params.first_order:
             valid_keys = stats.length.sum(-1).clamp(min=1)[..., None, None]  # [B, 1, 1, 1]
             tail_mass = block_weight.sum(-1, keepdim=True) / valid_keys
             block_out = block_out + tail_mass * (params.scale * q[:, :, rows]) @ first_order
@@ -118,6 +137,42 @@ def attention(
         out[:, :, rows] = block_out.to(query.dtype)
         lse[:, :, rows] = log_sum.to(torch.float32)
     return out, lse
+
+
+def _in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    params: AttentionParams,
+    density: Tensor | None,
+    permutation: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the permuted tokens, its rows back in the tokens' own places."""
+    query, key, value = (x[:, :, permutation] for x in (query, key, value))
+    key_mask = None if key_mask is None else key_mask[:, permutation]
+    permuted, permuted_lse = attention(query, key, value, key_mask, params, density=density)
+    out, lse = torch.empty_like(permuted), torch.empty_like(permuted_lse)
+    out[:, :, permutation] = permuted
+    lse[:, :, permutation] = permuted_lse
+    return out, lse
+
+
+def tail_mass_correction(q: Tensor, stats: BlockStatistics, scale: float, kv_heads: int) -> Tensor:
+    """The second-order term of each block's log mass, averaged over the queries. [B, H, N]
+
+    For keys of block j that scatter around their mean, `log mean_n exp(s(q, k_n))` exceeds
+    `s(q, kbar_j)` by half the variance of the logits, `1/2 scale^2 q^T Cov_j q`. This takes the
+    diagonal of the covariance and the mean of `q_d^2` over all queries that share the key head.
+    Capped, because the expansion overshoots where the scatter is not small.
+    """
+    batch, heads, tokens, head_dim = q.shape
+    group = q.view(batch, kv_heads, heads // kv_heads, tokens, head_dim)
+    energy = group.square().mean(dim=(2, 3)).repeat_interleave(heads // kv_heads, dim=1)
+    length = stats.length.clamp(min=1)[..., None]
+    variance = stats.centred_key.square().sum(dim=3) / length  # [B, H, N, D]
+    correction = 0.5 * scale**2 * (variance @ energy[..., None])[..., 0]
+    return correction.clamp(max=CORRECTION_CAP)
 
 
 def block_statistics(k: Tensor, v: Tensor, key_mask: Tensor, size: int) -> BlockStatistics:
@@ -142,32 +197,55 @@ def block_statistics(k: Tensor, v: Tensor, key_mask: Tensor, size: int) -> Block
     )
 
 
-def route(q: Tensor, stats: BlockStatistics, key_len: int, params: AttentionParams) -> Tensor:
+def route(
+    q: Tensor,
+    stats: BlockStatistics,
+    key_len: int,
+    params: AttentionParams,
+    density: Tensor | None = None,
+) -> Tensor:
     """The exact set S_i of every query block, boolean [B, H, M, N].
 
-    Blocks that overlap the exact prefix or suffix are always in it; `sparsity` applies to the
-    remaining ("free") blocks. Blocks without a valid key are never in it.
+    Blocks that overlap the exact prefix or suffix are always in it; `sparsity` (or `density`, []
+    or [H]) applies to the remaining ("free") blocks. Blocks without a valid key are never in it.
     """
     batch, heads, query_len, _ = q.shape
     size, blocks = params.block_size, stats.length.shape[-1]
     query_blocks = block_count(query_len, size)
     selected = torch.ones(batch, heads, query_blocks, blocks, dtype=torch.bool, device=q.device)
     first, last = free_blocks(key_len, params)
-    if params.sparsity > 0 and first < last:
+    if first < last:
+        fraction, count = _budget(density, last - first, params, q.device)
         valid = stats.valid[:, :, None, first:last]
         score = _proxy_score(q, stats, params)[..., first:last].masked_fill(~valid, -torch.inf)
         if params.routing == "threshold":
-            selected[..., first:last] = _above_threshold(score, valid, params.threshold_beta)
+            chosen = _above_threshold(score, valid, fraction)
         else:
-            count = exact_block_count(params.density, last - first)
-            index = score.topk(count, dim=-1).indices
-            chosen = torch.zeros_like(score, dtype=torch.bool)
-            selected[..., first:last] = chosen.scatter(-1, index, True)
+            ranked = score.argsort(dim=-1, descending=True, stable=True)
+            rank = torch.empty_like(ranked).scatter_(
+                -1, ranked, torch.arange(last - first, device=q.device).expand_as(ranked)
+            )
+            chosen = rank < count
+        selected[..., first:last] = chosen | (fraction >= 1)
     if query_len == key_len and params.exact != (0, 0):
         first, last = free_blocks(query_len, params)
         selected[:, :, :first] = True
         selected[:, :, last:] = True
     return selected & stats.valid[:, :, None]
+
+
+def _budget(
+    density: Tensor | None, blocks: int, params: AttentionParams, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Fraction and number of exact blocks out of `blocks`, per head: [1 or H, 1, 1] each."""
+    if density is None:
+        count = exact_block_count(params.density, blocks)
+        return (
+            torch.full((1, 1, 1), params.density, dtype=torch.float64, device=device),
+            torch.full((1, 1, 1), count, device=device),
+        )
+    fraction = density.to(torch.float64).reshape(-1, 1, 1)
+    return fraction, exact_block_counts(fraction, blocks)
 
 
 def _proxy_score(q: Tensor, stats: BlockStatistics, params: AttentionParams) -> Tensor:
@@ -190,8 +268,12 @@ def _proxy_score(q: Tensor, stats: BlockStatistics, params: AttentionParams) -> 
     return score
 
 
-def _above_threshold(score: Tensor, valid: Tensor, beta: float) -> Tensor:
-    """Blocks whose score exceeds `mu + beta * sigma` of their row, and always the best one."""
+def _above_threshold(score: Tensor, valid: Tensor, density: Tensor) -> Tensor:
+    """Blocks whose score exceeds `mu + beta * sigma` of their row, and always the best one.
+
+    `beta` is such that a normal distribution has the fraction `density` [H, 1, 1] above it.
+    """
+    beta = torch.special.ndtri(1 - density.clamp(0, 1)).to(score.dtype)
     count = valid.sum(-1, keepdim=True).clamp(min=1)
     finite = score.masked_fill(~valid, 0.0)
     mean = finite.sum(-1, keepdim=True) / count
@@ -203,7 +285,7 @@ def _above_threshold(score: Tensor, valid: Tensor, beta: float) -> Tensor:
     return (score > mean + beta * sigma) | best
 
 
-def _first_order_matrix(stats: BlockStatistics, order: str) -> Tensor:
-    if order == "hybrid":
+def _first_order_matrix(stats: BlockStatistics, params: AttentionParams) -> Tensor:
+    if params.first_order:
         return stats.first_order()
-    return stats.first_order_per_block() if order == "blockwise" else stats.key_mean
+    return stats.first_order_per_block() if params.order == "blockwise" else stats.key_mean

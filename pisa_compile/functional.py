@@ -24,6 +24,8 @@ def attention(
     order: str = ...,
     attn_mask: Tensor | None = ...,
     exact: tuple[int, int] = ...,
+    density: Tensor | None = ...,
+    permutation: Tensor | None = ...,
     enable_gqa: bool = ...,
     return_lse: Literal[False] = ...,
     impl: str | None = ...,
@@ -43,6 +45,8 @@ def attention(
     order: str = ...,
     attn_mask: Tensor | None = ...,
     exact: tuple[int, int] = ...,
+    density: Tensor | None = ...,
+    permutation: Tensor | None = ...,
     enable_gqa: bool = ...,
     return_lse: Literal[True],
     impl: str | None = ...,
@@ -61,6 +65,8 @@ def attention(
     order: str = "hybrid",
     attn_mask: Tensor | None = None,
     exact: tuple[int, int] = (0, 0),
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     impl: str | None = None,
@@ -85,11 +91,17 @@ def attention(
             beta chosen for the asked density.
         order: how the other blocks are approximated. "none": dropped; "zeroth": by their means;
             "hybrid": means plus one first-order matrix for all of them (the paper's method);
+            "corrected": hybrid with each block's mass corrected for the scatter of its keys;
             "blockwise": a first-order matrix each (slow).
         attn_mask: boolean key-padding mask, True where a key takes part, that broadcasts to
             [B, 1, 1, Tk]. Rows without any valid key give zeros.
         exact: `(prefix, suffix)` tokens that every query attends exactly. In self-attention
             (`Tq == Tk`) their own rows attend densely.
+        density: float32 [] or [H] on the device of the query: the fraction of exact blocks, for all
+            heads or for each, in place of `1 - sparsity`; 1 is dense attention. Being data, it may
+            change from call to call without recompilation, and is not read on the host.
+        permutation: integer [T]: self-attention cuts its tokens into blocks in this order. The
+            result is in the tokens' own order. `exact` counts places in the permuted sequence.
         enable_gqa: allow fewer key/value heads than query heads.
         return_lse: also return the natural log-sum-exp of the logits, [B, H, Tq] in float32.
         impl: force "reference", "cpu" or "triton"; chosen by device when None.
@@ -113,6 +125,8 @@ def attention(
     validation.check_routing(routing)
     validation.check_order(order)
     validation.check_exact(exact)
+    validation.check_density(density, query)
+    validation.check_permutation(permutation, query, key)
     validation.check_impl(impl)
     settings = {
         "scale": scale,
@@ -125,8 +139,9 @@ def attention(
         "enable_gqa": enable_gqa,
         "impl": impl,
     }
+    tensors = query, key, value, attn_mask, density, permutation
     if return_lse:
-        out, lse = torch.ops.pisa.attention_with_lse(query, key, value, attn_mask, **settings)
+        out, lse = torch.ops.pisa.attention_with_lse(*tensors, **settings)
         return out, lse
-    result: Tensor = torch.ops.pisa.attention(query, key, value, attn_mask, **settings)
+    result: Tensor = torch.ops.pisa.attention(*tensors, **settings)
     return result

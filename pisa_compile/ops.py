@@ -20,16 +20,15 @@ from .kernels.params import AttentionParams, block_count, exact_block_count, fre
 # One schema text for both ops. Keyword-only settings keep traced graphs readable; the defaults
 # are those of the functional interface. Exact ranges are SymInt: a text length may be symbolic.
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float? scale=None, "
-    "float sparsity, int block_size=64, str routing='topk', str order='hybrid', "
-    "SymInt exact_prefix=0, SymInt exact_suffix=0, bool enable_gqa=False, str? impl=None"
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? density=None, "
+    "Tensor? permutation=None, *, float? scale=None, float sparsity, int block_size=64, "
+    "str routing='topk', str order='hybrid', SymInt exact_prefix=0, SymInt exact_suffix=0, "
+    "bool enable_gqa=False, str? impl=None"
 )
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any
-) -> Tensor:
-    return _attention_with_lse(query, key, value, attn_mask, **settings)[0]
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any) -> Tensor:
+    return _attention_with_lse(query, key, value, *args, **settings)[0]
 
 
 def _attention_with_lse(
@@ -37,6 +36,8 @@ def _attention_with_lse(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
     *,
     enable_gqa: bool = False,
     impl: str | None = None,
@@ -44,13 +45,17 @@ def _attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     params = _params(query.shape[-1], **settings)
     validation.check_tensors(query, key, value, attn_mask, enable_gqa)
+    validation.check_density(density, query)
+    validation.check_permutation(permutation, query, key)
     validation.check_impl(impl)
     key_mask = None
     if attn_mask is not None:
         while attn_mask.dim() < 4:
             attn_mask = attn_mask[None]
         key_mask = attn_mask[:, 0, 0].expand(key.shape[0], key.shape[2])
-    return dispatch.attention(query, key, value, key_mask, params, impl)
+    return dispatch.attention(
+        query, key, value, key_mask, params, impl, density=density, permutation=permutation
+    )
 
 
 def _params(
@@ -121,7 +126,8 @@ def attention_flops(
     params: AttentionParams,
 ) -> int:
     """FLOPs of the op's matrix products, 2 per multiply-add: routing scores, exact blocks,
-    centroids, and the first-order matrix with its product. `threshold` counts its expected density.
+    centroids, and the first-order matrix with its product. `threshold` counts its expected density,
+    and a density that is data counts as `params.density`.
     """
     batch, heads, query_len, head_dim = query_shape
     key_len, value_dim, size = key_shape[2], value_shape[3], params.block_size
@@ -143,7 +149,7 @@ def attention_flops(
     )
     if params.order != "none":
         per_head += 2 * sparse_rows * (blocks - exact) * (head_dim + value_dim)
-    if params.order == "hybrid":
+    if params.first_order:
         per_head += 2 * (key_len + sparse_rows) * head_dim * value_dim
     elif params.order == "blockwise":
         products = key_len + sparse_rows * (blocks - exact)
@@ -157,6 +163,8 @@ def _flop_formula(
     key_shape: tuple[int, ...],
     value_shape: tuple[int, ...],
     mask_shape: tuple[int, ...] | None = None,
+    density_shape: tuple[int, ...] | None = None,
+    permutation_shape: tuple[int, ...] | None = None,
     *,
     out_shape: Any = None,
     enable_gqa: bool = False,

@@ -67,6 +67,42 @@ def check_scale(scale: Any) -> None:
         raise TypeError(f"scale must be a number or None, got {_describe(scale)}")
 
 
+def check_density(density: Any, query: Tensor) -> None:
+    if density is None:
+        return
+    heads = query.shape[1]
+    expected = (
+        f"density must be a float32 tensor [] or [H] = [{heads}] on {query.device}, the exact "
+        "fraction of the key blocks in (0, 1]"
+    )
+    if not isinstance(density, Tensor):
+        raise TypeError(f"{expected}, got {_describe(density)}")
+    if density.dtype != torch.float32 or density.device != query.device:
+        raise TypeError(f"{expected}, got {density.dtype} on {density.device}")
+    if density.dim() > 1 or (density.dim() == 1 and density.shape[0] != heads):
+        raise ValueError(f"{expected}, got shape {tuple(density.shape)}")
+
+
+def check_permutation(permutation: Any, query: Tensor, key: Tensor) -> None:
+    if permutation is None:
+        return
+    expected = (
+        f"permutation must be an int32 or int64 tensor [T] = [{query.shape[2]}] on {query.device} "
+        "that lists every token once"
+    )
+    if not isinstance(permutation, Tensor):
+        raise TypeError(f"{expected}, got {_describe(permutation)}")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "permutation needs self-attention, one order for queries and keys, got "
+            f"{query.shape[2]} query and {key.shape[2]} key tokens"
+        )
+    if permutation.dtype not in (torch.int32, torch.int64) or permutation.device != query.device:
+        raise TypeError(f"{expected}, got {permutation.dtype} on {permutation.device}")
+    if tuple(permutation.shape) != (query.shape[2],):
+        raise ValueError(f"{expected}, got shape {tuple(permutation.shape)}")
+
+
 def check_tensors(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool) -> None:
     """Ranks, dtypes, devices and sizes of one call's tensors."""
     named = {"query": query, "key": key, "value": value}

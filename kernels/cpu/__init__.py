@@ -7,6 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
+from .. import reference
 from ..params import AttentionParams
 from . import native, torch_path
 
@@ -21,8 +22,15 @@ def attention(
     value: Tensor,
     key_mask: Tensor | None,
     params: AttentionParams,
+    *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.reference.attention`, for CPU tensors."""
+    if density is not None or permutation is not None or params.order == "corrected":
+        return reference.attention(
+            query, key, value, key_mask, params, density=density, permutation=permutation
+        )
     reason = native.unavailable() or native.unsupported(query, value, params)
     if reason is None:
         return native.attention(query, key, value, key_mask, params)

@@ -16,7 +16,8 @@ def attention(
     key_mask: Tensor | None,
     params: AttentionParams,
     *,
-    budget: Tensor | None = None,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Piecewise sparse attention, as specified by `kernels.reference.attention`.
 
@@ -26,7 +27,7 @@ def attention(
         value: [B, G, Tk, E]; E up to 256.
         key_mask: boolean [B, Tk], True where a key takes part, or None.
         params: validated settings; `order="blockwise"` is not implemented here.
-        budget: float32 [H] on the query's device, or None. Replaces `params.sparsity` head by
+        density: float32 [H] on the query's device, or None. Replaces `params.sparsity` head by
             head: the density of the exact blocks for the top-k routings, the number of standard
             deviations above the row mean for `threshold`. It is read by the kernels, so its
             values may change from call to call without recompilation or synchronisation.
@@ -36,4 +37,4 @@ def attention(
     """
     from .launcher import run  # imports Triton
 
-    return run(query, key, value, key_mask, params, budget)
+    return run(query, key, value, key_mask, params, density)
