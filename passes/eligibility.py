@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
+from .. import cost
 from ..kernels import dispatch
 from ..policy import DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
 from .fake import example, sizes
+from .joint import is_joint
 from .masks import MaskAnalysis
 from .site import AttentionSite
 
@@ -34,7 +36,7 @@ def refusal(
         or _kind_refusal(site, gradients)
         or _shape_refusal(site, query, key, value)
         or _mask_refusal(site, masks)
-        or _length_refusal(query, policy)
+        or _length_refusal(site, query, key, value, policy)
         or _implementation_refusal(site, query, value, policy)
     )
 
@@ -64,7 +66,7 @@ def _kind_refusal(site: AttentionSite, gradients: bool | None) -> str | None:
 
 
 def _shape_refusal(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if not statically_known_true(query.shape[-2] == key.shape[-2]):
+    if not statically_known_true(query.shape[-2] == key.shape[-2]) and not is_joint(site):
         lengths = f"{sizes(query)[-2]} query and {sizes(key)[-2]} key tokens"
         return f"it is cross-attention ({lengths}); only self- and joint attention is approximated"
     heads = 0 if site.enable_gqa else 1
@@ -83,14 +85,30 @@ def _mask_refusal(site: AttentionSite, masks: MaskAnalysis) -> str | None:
     return padding if isinstance(padding, str) else None
 
 
-def _length_refusal(query: Tensor, policy: Policy) -> str | None:
-    minimum = policy.min_tokens
+def _length_refusal(
+    site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, policy: Policy
+) -> str | None:
+    minimum, why = policy.min_tokens, "min_tokens is {}"
     if minimum is None:
-        minimum = DEFAULT_MIN_TOKENS.get(query.device.type, DEFAULT_MIN_TOKENS_GPU)
+        profile = cost.profile_of(query.device, site.dtype, sizes(query)[-1], sizes(value)[-1])
+        if profile is None:
+            minimum = DEFAULT_MIN_TOKENS.get(query.device.type, DEFAULT_MIN_TOKENS_GPU)
+        else:
+            batch, heads, _, head_dim = sizes(query)
+            work = cost.Workload(
+                batch, heads, sizes(key)[1], 0, head_dim, sizes(value)[-1], policy.params(scale=1.0)
+            )
+            minimum = cost.break_even(work, profile)
+            if minimum is None:
+                return (
+                    "sparse attention was measured to be slower here at any length; "
+                    "min_tokens overrides that"
+                )
+            why = "on this device it pays from {} on; min_tokens overrides that"
     # A length that is only known at run time cannot be judged here, and stays dense.
     if guard_or_false(query.shape[-2] >= minimum):
         return None
-    return f"{sizes(query)[-2]} tokens is too short to gain; min_tokens is {minimum}"
+    return f"{sizes(query)[-2]} tokens is too short to gain; {why.format(minimum)}"
 
 
 def _implementation_refusal(
