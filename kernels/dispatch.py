@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .params import AttentionParams
+from .params import MAX_KERNEL_BLOCKS, AttentionParams, block_count
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 MAX_HEAD_DIM = 256
@@ -58,8 +58,12 @@ def refusal(
     head_dim: int,
     value_dim: int,
     params: AttentionParams,
+    key_len: int | torch.SymInt | None = None,
 ) -> str | None:
-    """Why `impl` cannot run such a call, or None. The reference runs everything."""
+    """Why `impl` cannot run such a call, or None. The reference runs everything.
+
+    A `key_len` that is symbolic or not given is not judged.
+    """
     if impl == "reference":
         return None
     if impl == "cpu":
@@ -76,6 +80,11 @@ def refusal(
         return f"it supports head_dim up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
     if params.order == "blockwise":
         return "it does not implement order='blockwise'"
+    if isinstance(key_len, int) and block_count(key_len, params.block_size) > MAX_KERNEL_BLOCKS:
+        return (
+            f"it supports up to {MAX_KERNEL_BLOCKS} key blocks, not "
+            f"{block_count(key_len, params.block_size)}; use a larger block_size"
+        )
     return None
 
 
@@ -86,7 +95,10 @@ def preferred(device: torch.device) -> str:
 
 def _resolve(query: Tensor, value: Tensor, params: AttentionParams, impl: str | None) -> str:
     def why_not(name: str) -> str | None:
-        return refusal(name, query.device, query.dtype, query.shape[-1], value.shape[-1], params)
+        return refusal(
+            name, query.device, query.dtype, query.shape[-1], value.shape[-1], params,
+            value.shape[-2],
+        )  # fmt: skip
 
     if impl is not None:
         reason = why_not(impl)

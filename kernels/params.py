@@ -15,8 +15,10 @@ from torch import Tensor
 ROUTINGS = ("topk", "topk_covariance", "threshold")
 ORDERS = ("none", "zeroth", "hybrid", "corrected", "blockwise")
 BLOCK_SIZES = (16, 32, 64, 128)
-# Upper limit of the tail-mass correction of order "corrected", in nats.
-CORRECTION_CAP = 8.0
+# Key blocks that the GPU kernels can number: 16 bits of an index entry.
+MAX_KERNEL_BLOCKS = 1 << 16
+# Order "corrected": the mass of a block is at most this many times what its mean key says.
+MASS_FACTOR_LIMIT = 8.0
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,21 @@ D head_dim of query and key, E head_dim of value, N key blocks, M query blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .params import (
-    CORRECTION_CAP,
+    MASS_FACTOR_LIMIT,
     AttentionParams,
     block_count,
     exact_block_count,
     exact_block_counts,
     free_blocks,
 )
+from .permutation import check_values
 
 # Added to a covariance norm before its logarithm; blocks of identical keys have norm zero.
 COVARIANCE_EPS = 1e-6
@@ -149,6 +151,7 @@ def _in_order(
     permutation: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the permuted tokens, its rows back in the tokens' own places."""
+    check_values(permutation)
     query, key, value = (x[:, :, permutation] for x in (query, key, value))
     key_mask = None if key_mask is None else key_mask[:, permutation]
     permuted, permuted_lse = attention(query, key, value, key_mask, params, density=density)
@@ -159,20 +162,21 @@ def _in_order(
 
 
 def tail_mass_correction(q: Tensor, stats: BlockStatistics, scale: float, kv_heads: int) -> Tensor:
-    """The second-order term of each block's log mass, averaged over the queries. [B, H, N]
+    """Logarithm of the factor by which the scatter of its keys raises a block's mass. [B, H, N]
 
-    For keys of block j that scatter around their mean, `log mean_n exp(s(q, k_n))` exceeds
-    `s(q, kbar_j)` by half the variance of the logits, `1/2 scale^2 q^T Cov_j q`. This takes the
-    diagonal of the covariance and the mean of `q_d^2` over all queries that share the key head.
-    Capped, because the expansion overshoots where the scatter is not small.
+    The Taylor series of `mean_n exp(s(q, k_n - kbar_j))` up to second order is 1 + 0 + beta with
+    `beta = 1/2 scale^2 q^T Cov_j q`. This takes the diagonal of the covariance, and the mean of
+    `q_d^2` over all queries that share the key head: one number per key head and block. It is
+    limited, because an expansion says little where the scatter is not small.
     """
     batch, heads, tokens, head_dim = q.shape
     group = q.view(batch, kv_heads, heads // kv_heads, tokens, head_dim)
     energy = group.square().mean(dim=(2, 3)).repeat_interleave(heads // kv_heads, dim=1)
     length = stats.length.clamp(min=1)[..., None]
     variance = stats.centred_key.square().sum(dim=3) / length  # [B, H, N, D]
-    correction = 0.5 * scale**2 * (variance @ energy[..., None])[..., 0]
-    return correction.clamp(max=CORRECTION_CAP)
+    beta = 0.5 * scale**2 * (variance @ energy[..., None])[..., 0]
+    # Written so that a beta that has overflowed meets the limit too, NaN (0 * inf) included.
+    return torch.where(beta < MASS_FACTOR_LIMIT - 1, beta.log1p(), math.log(MASS_FACTOR_LIMIT))
 
 
 def block_statistics(k: Tensor, v: Tensor, key_mask: Tensor, size: int) -> BlockStatistics:
@@ -273,7 +277,7 @@ def _above_threshold(score: Tensor, valid: Tensor, density: Tensor) -> Tensor:
 
     `beta` is such that a normal distribution has the fraction `density` [H, 1, 1] above it.
     """
-    beta = torch.special.ndtri(1 - density.clamp(0, 1)).to(score.dtype)
+    beta: Tensor = torch.special.ndtri(1 - density.clamp(0, 1)).to(score.dtype)
     count = valid.sum(-1, keepdim=True).clamp(min=1)
     finite = score.masked_fill(~valid, 0.0)
     mean = finite.sum(-1, keepdim=True) / count

@@ -87,9 +87,16 @@ def relative_l2(out: Tensor, expected: Tensor) -> float:
     return error if scale == 0.0 else error / scale
 
 
-def specified(inputs: Inputs, params: AttentionParams) -> tuple[Tensor, Tensor]:
+def specified(
+    inputs: Inputs,
+    params: AttentionParams,
+    *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Output and LSE of the specification in float64 (LSE comes back as float32)."""
-    return reference.attention(*inputs.to(torch.float64).astuple(), params)
+    double = inputs.to(torch.float64).astuple()
+    return reference.attention(*double, params, density=density, permutation=permutation)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ def test_every_argument_reaches_the_specification() -> None:
     inputs = random_inputs(
         batch=2, heads=4, kv_heads=2, query_len=300, head_dim=24, value_dim=40, masked=0.2
     )
+    density = torch.tensor([0.2, 0.4, 0.8, 1.0])
+    permutation = torch.arange(300).view(20, 15).T.flatten()
     out, lse = pisa.attention(
         inputs.query,
         inputs.key,
@@ -32,11 +34,13 @@ def test_every_argument_reaches_the_specification() -> None:
         order="zeroth",
         attn_mask=inputs.key_mask[:, None, None],
         exact=(40, 10),
+        density=density,
+        permutation=permutation,
         enable_gqa=True,
         return_lse=True,
     )
     params = AttentionParams(0.3, 0.6, 32, "threshold", "zeroth", (40, 10))
-    expected, expected_lse = specified(inputs, params)
+    expected, expected_lse = specified(inputs, params, density=density, permutation=permutation)
     assert relative_l2(out, expected) < 1e-5
     assert relative_l2(lse, expected_lse) < 1e-5
     assert lse.dtype == torch.float32
@@ -45,7 +49,7 @@ def test_every_argument_reaches_the_specification() -> None:
 def test_defaults_are_the_papers_method() -> None:
     inputs = random_inputs(query_len=300, head_dim=32)
     out = pisa.attention(inputs.query, inputs.key, inputs.value, sparsity=0.7)
-    params = AttentionParams(32**-0.5, 0.7, 64, "topk", "hybrid", (0, 0))
+    params = AttentionParams(32**-0.5, 0.7, 64, "topk", "corrected", (0, 0))
     assert relative_l2(out, specified(inputs, params)[0]) < 1e-5
 
 
@@ -121,6 +125,29 @@ def bad(words: str, error: type[Exception] = ValueError, **change: Any) -> Any:
         bad("boolean key-padding mask.*torch.float32", TypeError, attn_mask=torch.zeros(8)),
         bad("got shape \\(8, 8\\)", attn_mask=torch.ones(8, 8, dtype=torch.bool)),
         bad("got shape \\(7,\\)", attn_mask=torch.ones(7, dtype=torch.bool)),
+        bad(
+            r"density must be a float32 tensor \[\] or \[H\] = \[2\].*got float",
+            TypeError,
+            density=0.5,
+        ),
+        bad("got torch.float64 on cpu", TypeError, density=torch.tensor(0.5).double()),
+        bad("got torch.float32 on meta", TypeError, density=torch.ones(2, device="meta")),
+        bad("got shape \\(3,\\)", density=torch.ones(3)),
+        bad("got shape \\(1, 2\\)", density=torch.ones(1, 2)),
+        bad("fraction in \\(0, 1\\] for each head, got .*nan", density=torch.tensor(torch.nan)),
+        bad("an int32 or int64 tensor \\[T\\] = \\[8\\].*got list", TypeError, permutation=[0, 1]),
+        bad("got torch.float32 on cpu", TypeError, permutation=torch.arange(8.0)),
+        bad("got torch.int64 on meta", TypeError, permutation=torch.arange(8, device="meta")),
+        bad("got shape \\(7,\\)", permutation=torch.arange(7)),
+        bad("got shape \\(1, 8\\)", permutation=torch.arange(8)[None]),
+        bad(
+            "needs self-attention.*8 query and 9 key tokens",
+            permutation=torch.arange(8),
+            **{name: torch.zeros(1, 2, 9, 4) for name in ("key", "value")},
+        ),
+        bad("0 to 7 once, got values from 1 to 8", permutation=torch.arange(1, 9)),
+        bad("0 to 7 once, got values from -1 to 6", permutation=torch.arange(-1, 7).int()),
+        bad("got 4 of them not at all", permutation=torch.arange(8) // 2),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pisa_compile as pisa
-from pisa_compile.kernels.params import AttentionParams
+from pisa_compile.kernels.params import ORDERS, AttentionParams
 from pisa_compile.kernels.testing import random_inputs
 from pisa_compile.ops import attention_flops, dense_flops
 
@@ -54,23 +54,42 @@ def test_opcheck_with_every_argument(op: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(("order", "density"), [("hybrid", 0.4), ("corrected", [0.3, 1.0])])
+def test_opcheck_with_density_and_permutation(
+    op: Any, impl: str, order: str, density: float | list[float]
+) -> None:
+    inputs = random_inputs(heads=2, query_len=150, head_dim=16, masked=0.2)
+    torch.library.opcheck(
+        op,
+        (
+            *(inputs.query, inputs.key, inputs.value, inputs.key_mask[:, None, None]),
+            torch.tensor(density),
+            torch.arange(150).flip(0),
+        ),
+        {"sparsity": 0.5, "order": order, "exact_suffix": 20, "impl": impl},
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", ["BTHD", "BHTD", "fused"])
 def test_fake_and_real_results_agree_in_every_detail(dtype: torch.dtype, layout: str) -> None:
     inputs = random_inputs(batch=2, query_len=130, head_dim=24, dtype=dtype, layout=layout)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.pisa.attention_with_lse(q, k, v, sparsity=0.5)
+    def run(q: Tensor, k: Tensor, v: Tensor, density: Tensor, order: Tensor) -> Any:
+        return torch.ops.pisa.attention_with_lse(q, k, v, None, density, order, sparsity=0.5)
 
-    real = run(inputs.query, inputs.key, inputs.value)
+    data = inputs.query, inputs.key, inputs.value, torch.tensor(0.3), torch.arange(130).flip(0)
+    real = run(*data)
     with FakeTensorMode() as mode:
-        fake = run(*(mode.from_tensor(x) for x in (inputs.query, inputs.key, inputs.value)))
+        fake = run(*(mode.from_tensor(x) for x in data))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
     assert real[0].transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid", "blockwise"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("exact", [(0, 0), (70, 10), (500, 0)])
 def test_flop_counter_uses_the_formula(order: str, exact: tuple[int, int]) -> None:
     inputs = random_inputs(batch=2, heads=3, query_len=300, head_dim=16)
@@ -87,6 +106,29 @@ def test_flop_counter_uses_the_formula(order: str, exact: tuple[int, int]) -> No
         assert flops >= dense_flops(*shapes)
     elif order != "blockwise":
         assert flops < dense_flops(*shapes)
+
+
+def test_flop_counter_with_density_and_permutation() -> None:
+    """A permutation changes no product; a density is data, so the setting stands for it."""
+    inputs = random_inputs(heads=3, query_len=300, head_dim=16)
+    tensors = inputs.query, inputs.key, inputs.value
+    with FlopCounterMode(display=False) as counter:
+        pisa.attention(
+            *tensors, sparsity=0.5, density=torch.tensor(0.1), permutation=torch.arange(300)
+        )
+    shape = tuple(inputs.query.shape)
+    params = AttentionParams(1.0, 0.5, order="corrected")
+    assert counter.get_total_flops() == attention_flops(shape, shape, shape, params)
+
+
+def test_flops_of_the_correction() -> None:
+    """One product of the 5 blocks' variances [5, 16] with mean squares [16] for each head."""
+    shape = (2, 3, 300, 16)
+    hybrid, corrected = (
+        attention_flops(shape, shape, shape, AttentionParams(1.0, 0.5, order=order))
+        for order in ("hybrid", "corrected")
+    )
+    assert corrected - hybrid == 2 * 3 * 2 * 5 * 16
 
 
 def test_flops_of_dense_attention() -> None:

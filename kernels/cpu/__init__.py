@@ -7,7 +7,6 @@ from functools import cache
 
 from torch import Tensor
 
-from .. import reference
 from ..params import AttentionParams
 from . import native, torch_path
 
@@ -27,15 +26,11 @@ def attention(
     permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.reference.attention`, for CPU tensors."""
-    if density is not None or permutation is not None or params.order == "corrected":
-        return reference.attention(
-            query, key, value, key_mask, params, density=density, permutation=permutation
-        )
     reason = native.unavailable() or native.unsupported(query, value, params)
-    if reason is None:
-        return native.attention(query, key, value, key_mask, params)
-    _say_once(reason)
-    return torch_path.attention(query, key, value, key_mask, params)
+    if reason is not None:
+        _say_once(reason)
+    run = native.attention if reason is None else torch_path.attention
+    return run(query, key, value, key_mask, params, density=density, permutation=permutation)
 
 
 @cache

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..params import AttentionParams, block_count, exact_block_count, free_blocks
+from ..params import MASS_FACTOR_LIMIT, AttentionParams, block_count, free_blocks
+from ..permutation import check_values
+from .budget import budgets
 
 LIBRARY = Path(__file__).with_name("_pisa_cpu.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROUTINGS = {"topk": 0, "topk_covariance": 1, "threshold": 2}
-_ORDERS = {"none": 0, "zeroth": 1, "hybrid": 2}
+_ORDERS = {"none": 0, "zeroth": 1, "hybrid": 2, "corrected": 3}
 _MAX_HEAD_DIM = 1024
 _ALIGNMENT = 64  # bytes
 
@@ -35,18 +37,16 @@ class _Call(ctypes.Structure):
     """Mirror of `pisa::Call` in src/pisa.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "out", "lse")),
-        ("workspace", ctypes.c_void_p),
-        ("parallel", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask")),
+        *((name, ctypes.c_void_p) for name in ("permutation", "top_k", "beta")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "workspace", "parallel")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("query_len", "key_len", "head_dim", "value_dim")),
         *((f"{name}_stride", _Strides) for name in ("query", "key", "value", "out")),
         ("block", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("free_first", "free_last")),
         *((name, ctypes.c_int64) for name in ("query_first", "query_last")),
-        ("top_k", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        ("beta", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("scale", "mass_limit")),
         *((name, ctypes.c_int32) for name in ("dtype", "routing", "order", "threads")),
     ]
 
@@ -138,6 +138,8 @@ def attention(
     key_mask: Tensor | None,
     params: AttentionParams,
     *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
     variant: str | None = None,
     threads: int | None = None,
     team: str = "openmp",
@@ -150,13 +152,20 @@ def attention(
         value: [B, G, Tk, E].
         key_mask: boolean [B, Tk] or None.
         params: validated settings.
+        density: float32 [] or [H] in place of `params.density`, or None.
+        permutation: int32 or int64 [T], or None. Tokens are read and written through it.
         variant: instruction set, one of `variants()`; the best one by default.
         threads: `torch.get_num_threads()` by default.
         team: "openmp" to run on torch's own threads where they can be reached, "own" not to.
+
+    Raises:
+        ValueError: `permutation` does not list every token once.
     """
     reason = unsupported(query, value, params)
     if reason is not None:
         raise NativeUnavailableError(reason)
+    if permutation is not None:
+        check_values(permutation)
     native = library()
     batch, heads, query_len, head_dim = query.shape
     key_len, value_dim = value.shape[2:]
@@ -168,16 +177,22 @@ def attention(
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     mask = None if key_mask is None else key_mask.contiguous()
+    places = None if permutation is None else permutation.to(torch.int64).contiguous()
     free_first, free_last = free_blocks(key_len, params)
     query_first, query_last = 0, block_count(query_len, params.block_size)
     if query_len == key_len and params.exact != (0, 0):
         query_first, query_last = free_blocks(query_len, params)
-    dense = params.sparsity == 0 or free_first >= free_last
+    shares = budgets(density, heads, free_last - free_first, params)
+    top_k = (ctypes.c_int64 * heads)(*(share.count for share in shares))
+    beta = (ctypes.c_double * heads)(*(share.beta for share in shares))
     call = _Call(
         query=query.data_ptr(),
         key=key.data_ptr(),
         value=value.data_ptr(),
         mask=None if mask is None else mask.data_ptr(),
+        permutation=None if places is None else places.data_ptr(),
+        top_k=ctypes.addressof(top_k),
+        beta=ctypes.addressof(beta),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         parallel=_openmp_team() if team == "openmp" and os.getpid() == _PROCESS else None,
@@ -197,9 +212,8 @@ def attention(
         free_last=free_last,
         query_first=query_first,
         query_last=query_last,
-        top_k=0 if dense else exact_block_count(params.density, free_last - free_first),
         scale=params.scale,
-        beta=0.0 if dense else params.threshold_beta,
+        mass_limit=MASS_FACTOR_LIMIT,
         dtype=_DTYPES[query.dtype],
         routing=_ROUTINGS[params.routing],
         order=_ORDERS[params.order],

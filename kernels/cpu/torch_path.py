@@ -19,7 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..params import AttentionParams, exact_block_count, free_blocks
+from ..params import MASS_FACTOR_LIMIT, AttentionParams, free_blocks
+from ..permutation import check_values
+from .budget import Budget, budgets
 
 _COVARIANCE_EPS = 1e-6
 # Gathered keys and values and the logits of one chunk, per worker: about what a cache holds.
@@ -53,12 +55,19 @@ def attention(
     key_mask: Tensor | None,
     params: AttentionParams,
     *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.reference.attention`, for CPU tensors of any float dtype.
 
     `threads` is the number of workers, `torch.get_num_threads()` by default.
+
+    Raises:
+        ValueError: `permutation` does not list every token once.
     """
+    if permutation is not None:
+        check_values(permutation)
     batch, heads, query_len, _ = query.shape
     key_len, value_dim = value.shape[2:]
     out = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
@@ -66,11 +75,24 @@ def attention(
     if out.numel() == 0 or key_len == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     group = heads // key.shape[1]
+    first, last = free_blocks(key_len, params)
+    shares = budgets(density, heads, last - first, params)
 
     def head(b: int, h: int) -> None:
         g = h // group
+        energy = None
+        if params.order == "corrected":
+            energy = _energy(query[b, g * group : (g + 1) * group])
+        q, k, v = query[b, h], key[b, g], value[b, g]
         mask = None if key_mask is None else key_mask[b]
-        _head_attention(query[b, h], key[b, g], value[b, g], mask, params, out[b, h], lse[b, h])
+        if permutation is not None:
+            q, k, v = (x.index_select(0, permutation) for x in (q, k, v))
+            mask = None if mask is None else mask.index_select(0, permutation)
+        rows = _head_attention(q, k, v, mask, params, shares[h], energy)
+        for places, block_out, block_lse in rows:
+            tokens = places if permutation is None else permutation[places]
+            out[b, h][tokens] = block_out.to(out.dtype)
+            lse[b, h][tokens] = block_lse.to(lse.dtype)
 
     jobs = [partial(head, b, h) for b in range(batch) for h in range(heads)]
     _run(jobs, torch.get_num_threads() if threads is None else threads)
@@ -109,28 +131,46 @@ def _head_attention(
     value: Tensor,
     mask: Tensor | None,
     params: AttentionParams,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """One head: `query` [Tq, D], `key` [Tk, D], `value` [Tk, E], into `out` [Tq, E], `lse` [Tq]."""
+    budget: Budget,
+    energy: Tensor | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """One head: `query` [Tq, D], `key` [Tk, D], `value` [Tk, E], `energy` [D] for "corrected".
+
+    Yields the places of some query rows, their output [t, E] and their log-sum-exp [t].
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     size, tokens = params.block_size, query.shape[0]
     head = _cut(key, value, mask, size, dtype)
     q = _blocks(query.to(dtype), size)  # [M, S, D]
-    selected = _select(q, tokens, key.shape[0], head, params)  # [M, N]
+    selected = _select(q, tokens, key.shape[0], head, params, budget)  # [M, N]
+    log_weight = head.length.clamp(min=1).to(dtype).log()  # [N]
     first_order = None
-    if params.order == "hybrid":
+    if params.first_order:
         valid_keys = head.length.sum().clamp(min=1)
-        first_order = head.centred().flatten(0, 1).T @ head.value.flatten(0, 1)
+        centred = head.centred()
+        first_order = centred.flatten(0, 1).T @ head.value.flatten(0, 1)
         first_order *= params.scale / valid_keys
+        if energy is not None:
+            scatter = centred.square_().sum(1) / head.length.clamp(min=1)[:, None]  # [N, D]
+            beta = 0.5 * params.scale**2 * (scatter @ energy)
+            limited = beta.nan_to_num(torch.inf).clamp(max=MASS_FACTOR_LIMIT - 1)
+            log_weight += limited.log1p()
     ragged = mask is not None or key.shape[0] % size != 0
 
     for chunk in _chunks(selected.sum(1), size * (key.shape[1] + value.shape[1] + size)):
-        rows, row_lse = _attend(q[chunk], selected[chunk], head, first_order, params, ragged)
+        rows, row_lse = _attend(
+            q[chunk], selected[chunk], head, log_weight, first_order, params, ragged
+        )
         for i, block in enumerate(chunk.tolist()):
             start, end = block * size, min(tokens, (block + 1) * size)
-            out[start:end] = rows[i, : end - start]
-            lse[start:end] = row_lse[i, : end - start]
+            yield slice(start, end), rows[i, : end - start], row_lse[i, : end - start]
+
+
+def _energy(queries: Tensor) -> Tensor:
+    """Mean of `q_d^2` over the rows of all heads that share a key head, `queries` [H/G, Tq, D]."""
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    parts = [head.to(dtype).square().mean(0) for head in queries]
+    return torch.stack(parts).mean(0)
 
 
 def _cut(key: Tensor, value: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype) -> _Head:
@@ -154,12 +194,12 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 
 def _select(
-    q: Tensor, query_len: int, key_len: int, head: _Head, params: AttentionParams
+    q: Tensor, query_len: int, key_len: int, head: _Head, params: AttentionParams, budget: Budget
 ) -> Tensor:
     """The exact key blocks of every query block, boolean [M, N]."""
     selected = head.length.gt(0).repeat(q.shape[0], 1)
     first, last = free_blocks(key_len, params)
-    if params.sparsity == 0 or first >= last:
+    if budget.count == 0:
         return selected
     rows = torch.full((q.shape[0], 1), params.block_size, dtype=q.dtype)
     rows[-1] -= -query_len % params.block_size
@@ -173,10 +213,10 @@ def _select(
         mean = score.masked_fill(~valid, 0.0).sum(1, keepdim=True) / count
         deviation = (score - mean).masked_fill_(~valid, 0.0)
         sigma = (deviation.square().sum(1, keepdim=True) / count).sqrt()
-        free = score > mean + params.threshold_beta * sigma
+        free = score > mean + budget.beta * sigma
         free.scatter_(1, score.argmax(1, keepdim=True), True)
     else:
-        best = score.topk(exact_block_count(params.density, last - first), dim=1).indices
+        best = score.topk(budget.count, dim=1).indices
         free = torch.zeros_like(valid).scatter_(1, best, True)
     selected[:, first:last] = free & valid
     if query_len == key_len and params.exact != (0, 0):
@@ -219,11 +259,15 @@ def _attend(
     q: Tensor,
     selected: Tensor,
     head: _Head,
+    log_weight: Tensor,
     first_order: Tensor | None,
     params: AttentionParams,
     ragged: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `q` [C, S, D] with the exact blocks `selected` [C, N]: [C, S, E], [C, S]."""
+    """Attention of `q` [C, S, D] with the exact blocks `selected` [C, N]: [C, S, E], [C, S].
+
+    `log_weight` [N] is added to the logits of the other blocks' means.
+    """
     counts = selected.sum(1)  # [C]
     width = int(counts.max())
     # Exact blocks first, in order; rows with fewer are filled up with blocks that are masked.
@@ -239,7 +283,7 @@ def _attend(
     tokens = logit.shape[2]
     if with_blocks:
         block_logit = params.scale * (q @ head.key_mean.T)  # [C, S, N]
-        bias = head.length.clamp(min=1).to(q.dtype).log().masked_fill(~approximated, -torch.inf)
+        bias = log_weight.masked_fill(~approximated, -torch.inf)
         logit = torch.cat([logit, block_logit + bias[:, None]], dim=2)
 
     if logit.shape[2] == 0:  # no valid key at all

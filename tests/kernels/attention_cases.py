@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from statistics import NormalDist
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pisa_compile.kernels import reference
-from pisa_compile.kernels.params import AttentionParams, exact_block_count, free_blocks
-from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2
+from pisa_compile.kernels.params import AttentionParams, exact_block_counts, free_blocks
+from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2, specified
 
 # A float32 implementation may compute a routing score with this error, relative to the largest
 # one. It is far above what float32 sums of these inputs can accumulate.
 SCORE_ERROR = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DENSITIES = (0.04, 0.25, 0.3, 0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    inputs: Inputs
+    params: AttentionParams
+    density: Tensor | None = None  # [] or [H]
+    permutation: Tensor | None = None  # [T]
+
+    @property
+    def keywords(self) -> dict[str, Tensor | None]:
+        return {"density": self.density, "permutation": self.permutation}
+
+    def in_order(self) -> Inputs:
+        """The inputs with their tokens at the places that the permutation gives them."""
+        if self.permutation is None:
+            return self.inputs
+        query, key, value, mask = self.inputs.astuple()
+        query, key, value = (x[:, :, self.permutation] for x in (query, key, value))
+        return Inputs(query, key, value, None if mask is None else mask[:, self.permutation])
+
+    def specified(self) -> tuple[Tensor, Tensor]:
+        return specified(self.inputs, self.params, **self.keywords)
 
 
 def one_hot_inputs(dtype: torch.dtype) -> tuple[Inputs, Tensor]:
@@ -30,7 +57,7 @@ def one_hot_inputs(dtype: torch.dtype) -> tuple[Inputs, Tensor]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, orders: tuple[str, ...]) -> tuple[Inputs, AttentionParams]:
+def cases(draw: st.DrawFn, orders: tuple[str, ...]) -> Case:
     """Shapes, layouts, dtypes and settings that an implementation must cope with."""
     query_len = draw(st.integers(1, 700), label="query_len")
     layout = draw(st.sampled_from(["BTHD", "BHTD", "fused"]), label="layout")
@@ -62,19 +89,30 @@ def cases(draw: st.DrawFn, orders: tuple[str, ...]) -> tuple[Inputs, AttentionPa
         order=draw(st.sampled_from(orders), label="order"),
         exact=draw(st.sampled_from([(0, 0), (0, 0), (50, 0), (0, 77), (10, 20)]), label="exact"),
     )
-    return inputs, params
+    heads, share = kv_heads * group, st.sampled_from(DENSITIES)
+    per_head = st.lists(share, min_size=heads, max_size=heads)
+    density = draw(st.none() | share | per_head, label="density")
+    permutation = None
+    if query_len == key_len and draw(st.booleans(), label="permuted"):
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 1000), label="order"))
+        dtype = draw(st.sampled_from([torch.int32, torch.int64]), label="integers")
+        permutation = torch.randperm(query_len, generator=generator).to(dtype)
+    return Case(inputs, params, None if density is None else torch.tensor(density), permutation)
 
 
-def routing_is_decided(inputs: Inputs, params: AttentionParams) -> bool:
+def routing_is_decided(case: Case) -> bool:
     """Whether every implementation must choose the same exact blocks.
 
     Two scores that agree to within the rounding error of float32 may be ranked either way, and
     both results are right. The margin of the decision is measured in float64.
     """
-    query, key, value, mask = inputs.to(torch.float64).astuple()
+    query, key, value, mask = case.in_order().to(torch.float64).astuple()
+    params = case.params
     first, last = free_blocks(key.shape[2], params)
-    if params.sparsity == 0 or first >= last:
+    if first >= last:
         return True
+    density = torch.tensor(params.density) if case.density is None else case.density
+    density = density.to(torch.float64).expand(query.shape[1])
     if mask is None:
         mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
     group = query.shape[1] // key.shape[1]
@@ -86,38 +124,41 @@ def routing_is_decided(inputs: Inputs, params: AttentionParams) -> bool:
         score = scores[b][..., stats.valid[b, 0, first:last]]  # [H, M, valid blocks]
         if score.shape[-1] < 2:
             continue
-        if float(_margin(score, last - first, params).min()) <= SCORE_ERROR * (
-            1 + float(score.abs().max())
-        ):
+        margin = min(
+            _margin(score[h], last - first, params.routing, float(density[h]))
+            for h in range(len(density))
+        )
+        if margin <= SCORE_ERROR * (1 + float(score.abs().max())):
             return False
     return True
 
 
-def _margin(score: Tensor, blocks: int, params: AttentionParams) -> Tensor:
-    """Distance of the closest call in each row of `score` [..., n], n >= 2. [...]"""
+def _margin(score: Tensor, blocks: int, routing: str, density: float) -> float:
+    """Distance of the closest call in any row of one head's `score` [M, n], n >= 2."""
+    if density >= 1:
+        return float("inf")
     ranked = score.sort(dim=-1, descending=True).values
-    if params.routing == "threshold":
-        threshold = score.mean(-1) + params.threshold_beta * score.std(-1, correction=0)
+    if routing == "threshold":
+        beta = NormalDist().inv_cdf(1 - density)
+        threshold = score.mean(-1) + beta * score.std(-1, correction=0)
         rest = (ranked[..., 1:] - threshold[..., None]).abs().amin(-1)
         # The best block is exact in any case; it matters only which one it is.
-        return torch.minimum(rest, ranked[..., 0] - ranked[..., 1])
-    count = exact_block_count(params.density, blocks)
+        return float(torch.minimum(rest, ranked[..., 0] - ranked[..., 1]).min())
+    count = int(exact_block_counts(torch.tensor(density, dtype=torch.float64), blocks))
     if count >= score.shape[-1]:
-        return torch.full(score.shape[:-1], torch.inf)
-    return ranked[..., count - 1] - ranked[..., count]
+        return float("inf")
+    return float((ranked[..., count - 1] - ranked[..., count]).min())
 
 
-def assert_close_to_specification(
-    out: Tensor, lse: Tensor, inputs: Inputs, params: AttentionParams
-) -> None:
+def assert_close_to_specification(out: Tensor, lse: Tensor, case: Case) -> None:
     """Float32: relative error 1e-5. 16-bit: twice the error of the eager reference in that type."""
-    expected, expected_lse = reference.attention(*inputs.to(torch.float64).astuple(), params)
-    assert out.dtype == inputs.query.dtype
+    expected, expected_lse = case.specified()
+    assert out.dtype == case.inputs.query.dtype
     assert out.shape == expected.shape
     assert out.stride() == expected.stride()
     budget = 1e-5
     if out.dtype != torch.float32:
-        eager, _ = reference.attention(*inputs.astuple(), params)
+        eager, _ = reference.attention(*case.inputs.astuple(), case.params, **case.keywords)
         budget = 2 * relative_l2(eager, expected)
         largest = float((eager.double() - expected).abs().max())
         assert float((out.double() - expected).abs().max()) <= 2 * largest + 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import (
+    Case,
     assert_close_to_specification,
     cases,
     one_hot_inputs,
@@ -71,7 +73,7 @@ def native_names() -> list[str]:
 @every_implementation
 def test_random_cases(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
-    orders = ORDERS if name == "torch" else ("none", "zeroth", "hybrid")
+    orders = ORDERS if name == "torch" else ("none", "zeroth", "hybrid", "corrected")
 
     @settings(
         max_examples=EXAMPLES[name],
@@ -81,12 +83,13 @@ def test_random_cases(name: str) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(case=cases(orders), threads=st.integers(1, 3))
-    def check(case: tuple[Inputs, AttentionParams], threads: int) -> None:
-        inputs, params = case
-        assume(routing_is_decided(inputs, params))
+    def check(case: Case, threads: int) -> None:
+        assume(routing_is_decided(case))
         with poisoned_memory():
-            out, lse = implementation(*inputs.astuple(), params, threads=threads)
-        assert_close_to_specification(out, lse, inputs, params)
+            out, lse = implementation(
+                *case.inputs.astuple(), case.params, **case.keywords, threads=threads
+            )
+        assert_close_to_specification(out, lse, case)
 
     check()
 
@@ -97,10 +100,150 @@ def test_long_sequence(name: str, routing: str) -> None:
     """Long enough for several chunks of statistics and of centroids."""
     inputs = random_inputs(query_len=130, key_len=4500, head_dim=32, heads=4, kv_heads=2, seed=2)
     params = replace(PARAMS, routing=routing, sparsity=0.9)
-    assert routing_is_decided(inputs, params)
+    assert routing_is_decided(Case(inputs, params))
     with poisoned_memory():
         out, lse = IMPLEMENTATIONS[name](*inputs.astuple(), params, threads=2)
-    assert_close_to_specification(out, lse, inputs, params)
+    assert_close_to_specification(out, lse, Case(inputs, params))
+
+
+@every_implementation
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+def test_long_sequence_in_another_order(name: str, routing: str) -> None:
+    """Several chunks, through a permutation, with a density for each head and masked keys."""
+    inputs = random_inputs(query_len=1100, head_dim=24, heads=4, kv_heads=2, masked=0.2, seed=4)
+    permutation = torch.arange(1100).flip(0)
+    params = replace(PARAMS, routing=routing, order="corrected", block_size=16, exact=(70, 20))
+    case = Case(inputs, params, torch.tensor([0.05, 0.5, 1.0, 0.1]), permutation)
+    assert routing_is_decided(case)
+    with poisoned_memory():
+        out, lse = IMPLEMENTATIONS[name](*inputs.astuple(), params, **case.keywords, threads=2)
+    assert_close_to_specification(out, lse, case)
+
+
+@every_implementation
+@pytest.mark.parametrize("routing", ["topk", "topk_covariance", "threshold"])
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.625])
+def test_density_is_the_complement_of_sparsity(name: str, routing: str, density: float) -> None:
+    """10 blocks: 0.1 of them is one and 0.3 are three, though the float32 0.3 is a little more."""
+    inputs = random_inputs(query_len=640, head_dim=32, heads=2)
+    params = replace(PARAMS, routing=routing, sparsity=1 - density)
+    assert routing != "threshold" or routing_is_decided(Case(inputs, params))
+    other = replace(params, sparsity=0.77)  # what is asked for in the settings no longer counts
+    expected = IMPLEMENTATIONS[name](*inputs.astuple(), params, threads=1)
+    for tensor in (
+        torch.tensor(density),
+        torch.full((2,), density),
+        torch.full((4,), density)[::2],
+    ):
+        results = IMPLEMENTATIONS[name](*inputs.astuple(), other, density=tensor, threads=1)
+        for result, one in zip(results, expected, strict=True):
+            assert torch.equal(result, one)
+
+
+@every_implementation
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+def test_heads_have_densities_of_their_own(name: str, routing: str) -> None:
+    inputs = random_inputs(query_len=400, head_dim=32, heads=4, kv_heads=2)
+    query, key, value, _ = inputs.astuple()
+    params = replace(PARAMS, routing=routing)
+    density = torch.tensor([1.0, 0.2, 1.5, 0.6])
+    run = partial(IMPLEMENTATIONS[name], key_mask=None, threads=1)
+    out, lse = run(query, key, value, params=params, density=density)
+    for h, share in enumerate(density.tolist()):
+        part = query[:, h : h + 1], key[:, h // 2 : h // 2 + 1], value[:, h // 2 : h // 2 + 1]
+        one, one_lse = run(*part, params=replace(params, sparsity=max(0.0, 1 - share)))
+        assert torch.equal(out[:, h : h + 1], one)
+        assert torch.equal(lse[:, h : h + 1], one_lse)
+
+
+@every_implementation
+def test_a_density_that_is_no_number(name: str) -> None:
+    inputs = random_inputs(query_len=200)
+    with pytest.raises(ValueError, match=r"density must be a fraction.*nan"):
+        IMPLEMENTATIONS[name](*inputs.astuple(), PARAMS, density=torch.tensor([0.5, torch.nan]))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_permutation_is_attention_of_the_permuted_tokens(name: str, dtype: torch.dtype) -> None:
+    """Bit for bit: the same numbers in the same order of summation."""
+    inputs = random_inputs(
+        batch=2, heads=4, kv_heads=2, query_len=333, head_dim=40, masked=0.3, dtype=dtype
+    )
+    permutation = torch.randperm(333, generator=torch.Generator().manual_seed(0))
+    params = replace(PARAMS, exact=(20, 30))
+    case = Case(inputs, params, permutation=permutation)
+    run = partial(IMPLEMENTATIONS[name], params=params, threads=2)
+    moved, moved_lse = run(*case.in_order().astuple())
+    strided = torch.stack([permutation, permutation], dim=1)[:, 0]
+    for order in (permutation, permutation.int(), strided):
+        with poisoned_memory():
+            out, lse = run(*inputs.astuple(), permutation=order)
+        assert torch.equal(out[:, :, permutation], moved)
+        assert torch.equal(lse[:, :, permutation], moved_lse)
+        assert out.stride() == moved.stride()
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 1, 2, 4], "got values from 0 to 4"),
+        ([0, 1, 2, 2**32 + 3], "got values from 0 to 4294967299"),
+        ([-1, 0, 1, 2], "got values from -1 to 2"),
+        ([0, 1, 1, 3], "got 1 of them not at all"),
+    ],
+    ids=["too-large", "beyond-32-bits", "negative", "twice"],
+)
+def test_bad_permutations_are_refused(name: str, values: list[int], words: str) -> None:
+    """Before anything is read: the native library would read outside of the tensors."""
+    x = torch.ones(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=f"every token from 0 to 3 once, {words}"):
+        IMPLEMENTATIONS[name](x, x, x, None, PARAMS, permutation=torch.tensor(values))
+
+
+@every_implementation
+@pytest.mark.parametrize("kind", ["outliers", "hot-channel", "identical-keys", "huge"])
+def test_correction_stays_within_its_limit(name: str, kind: str) -> None:
+    """The mass of a block grows at most eightfold and never shrinks, whatever the keys."""
+    inputs = random_inputs(query_len=500, heads=4, kv_heads=2, seed=11)
+    query, key, value, _ = inputs.astuple()
+    if kind == "outliers":
+        generator = torch.Generator().manual_seed(0)
+        for x in (query, key, value):
+            x[torch.rand(x.shape, generator=generator) < 0.002] = 1e3
+    elif kind == "hot-channel":
+        query[..., 3] *= 1e3
+        key[..., 3] *= 1e3
+    elif kind == "identical-keys":
+        key[:] = key[:, :, :1].clone()
+    else:
+        key[:, :, 70] = 1e25  # its variance is beyond float32
+    run = partial(IMPLEMENTATIONS[name], query, key, value, None, threads=2)
+    plain, plain_lse = run(PARAMS)
+    out, lse = run(replace(PARAMS, order="corrected"))
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse).all()
+    slack = 1e-5 * (1 + plain_lse.abs())
+    assert (lse >= plain_lse - slack).all()
+    assert (lse <= plain_lse + math.log(8) + slack).all()
+    if kind == "identical-keys":
+        torch.testing.assert_close(out, plain)
+        torch.testing.assert_close(lse, plain_lse)
+
+
+@every_implementation
+def test_the_variance_survives_an_offset_of_all_keys(name: str) -> None:
+    """Keys near 3000 scatter by 1; the queries sum to zero, so the offset is not in the logits."""
+    inputs = random_inputs(query_len=512, head_dim=32, seed=6)
+    query = inputs.query - inputs.query.mean(-1, keepdim=True)
+    shifted = Inputs(query, inputs.key + 3000.0, inputs.value, None)
+    params = replace(PARAMS, scale=0.3, order="corrected", routing="topk", exact=(256, 0))
+    _, lse = IMPLEMENTATIONS[name](*shifted.astuple(), params, threads=2)
+    _, expected = Case(shifted, params).specified()
+    _, plain = Case(shifted, replace(params, order="hybrid")).specified()
+    assert (expected - plain)[:, :, 256:].abs().mean() > 0.1
+    assert (lse - expected)[:, :, 256:].abs().mean() < 2e-3
 
 
 @every_implementation
@@ -130,12 +273,12 @@ def test_strides(name: str) -> None:
     assert key.stride(-1) != 1
     out, lse = IMPLEMENTATIONS[name](query, key, value, None, PARAMS, threads=2)
     plain = Inputs(query.contiguous(), key.contiguous(), value.contiguous(), None)
-    assert routing_is_decided(plain, PARAMS)
-    assert_close_to_specification(out, lse, plain, PARAMS)
+    assert routing_is_decided(Case(plain, PARAMS))
+    assert_close_to_specification(out, lse, Case(plain, PARAMS))
 
 
 @every_implementation
-@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid"])
+@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid", "corrected"])
 def test_number_of_threads_changes_nothing(name: str, order: str) -> None:
     inputs = random_inputs(query_len=1100, heads=4, head_dim=40, dtype=torch.bfloat16)
     params = replace(PARAMS, order=order)
@@ -147,7 +290,7 @@ def test_number_of_threads_changes_nothing(name: str, order: str) -> None:
 
 
 @every_implementation
-@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid"])
+@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid", "corrected"])
 def test_masked_keys_do_not_leak(name: str, order: str) -> None:
     inputs = random_inputs(query_len=300, batch=3, masked=0.4)
     assert inputs.key_mask is not None
@@ -167,25 +310,25 @@ def test_masked_keys_do_not_leak(name: str, order: str) -> None:
         assert (out[1] == 0).all()
         assert (lse[1] == -torch.inf).all()
         assert torch.isfinite(lse[[0, 2]]).all()
-    assert_close_to_specification(*results[0], inputs, params)
+    assert_close_to_specification(*results[0], Case(inputs, params))
 
 
 @every_implementation
-@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid"])
+@pytest.mark.parametrize("order", ["none", "zeroth", "hybrid", "corrected"])
 def test_maximum_in_an_unselected_block(name: str, order: str) -> None:
     """Some rows point away from the mean of their block, so their maximum is in the tail."""
     inputs = random_inputs(query_len=512, head_dim=32, seed=4)
     inputs.query[:, :, 5::64] *= -20.0
     params = AttentionParams(scale=32**-0.5, sparsity=0.8, order=order)
-    assert routing_is_decided(inputs, params)
+    assert routing_is_decided(Case(inputs, params))
     out, lse = IMPLEMENTATIONS[name](*inputs.astuple(), params, threads=2)
-    assert_close_to_specification(out, lse, inputs, params)
+    assert_close_to_specification(out, lse, Case(inputs, params))
     expected, _ = reference.attention(*inputs.to(torch.float64).astuple(), params)
     assert relative_l2(out[:, :, 5::64], expected[:, :, 5::64]) < 1e-5
 
 
 @every_implementation
-@pytest.mark.parametrize("order", ["zeroth", "hybrid"])
+@pytest.mark.parametrize("order", ["zeroth", "hybrid", "corrected"])
 def test_entries_of_ten_thousand(name: str, order: str) -> None:
     """Logits of 1e8, far outside the range of the exponential on either side of zero."""
     inputs, expected = one_hot_inputs(torch.float32)
@@ -348,7 +491,8 @@ def test_workspace_is_smaller_than_the_inputs(
             sizes.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "empty", recorded)
-                native.attention(*inputs.astuple(), replace(PARAMS, sparsity=0.9), threads=2)
+                params = replace(PARAMS, sparsity=0.9, order="corrected")
+                native.attention(*inputs.astuple(), params, threads=2)
             assert sizes  # the log-sum-exp and the workspace
             assert sum(sizes) < 3 * inputs.query.nbytes
 
@@ -357,9 +501,11 @@ def test_choice_of_the_implementation(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     used: list[str] = []
+    given: dict[str, object] = {"density": None, "permutation": None}
     for name, module in (("native", native), ("torch", torch_path)):
 
-        def recorded(*args: object, name: str = name) -> tuple[str, str]:
+        def recorded(*args: object, name: str = name, **keywords: object) -> tuple[str, str]:
+            assert keywords == given
             used.append(name)
             return name, name
 
@@ -368,16 +514,19 @@ def test_choice_of_the_implementation(
     with caplog.at_level(logging.WARNING):
         monkeypatch.setattr(native, "unavailable", lambda: None)
         cpu.attention(*inputs.astuple(), PARAMS)
-        assert used == ["native"]
+        given |= {"density": torch.tensor(0.5), "permutation": torch.arange(70)}
+        cpu.attention(*inputs.astuple(), replace(PARAMS, order="corrected"), **given)
+        given |= {"density": None, "permutation": None}
+        assert used == ["native"] * 2
         assert not caplog.records
         cpu.attention(*inputs.to(torch.float64).astuple(), PARAMS)
         cpu.attention(*inputs.astuple(), replace(PARAMS, order="blockwise"))
-        assert used[1:] == ["torch", "torch"]
+        assert used[2:] == ["torch", "torch"]
         caplog.clear()
         monkeypatch.setattr(native, "unavailable", lambda: "a reason of this test")
         for _ in range(3):
             cpu.attention(*inputs.astuple(), PARAMS)
-        assert used[3:] == ["torch"] * 3
+        assert used[4:] == ["torch"] * 3
     assert [record.getMessage() for record in caplog.records if "this test" in record.message] == [
         "attention runs on torch operators, slower than the native library: a reason of this test"
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pisa_compile.kernels.params import (
     ROUTINGS,
     AttentionParams,
     exact_block_count,
+    exact_block_counts,
     free_blocks,
 )
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2
@@ -38,8 +40,13 @@ def double_inputs(**kwargs: Any) -> Inputs:
     return random_inputs(**{"head_dim": 16, **kwargs}).to(torch.float64)
 
 
-def naive(inputs: Inputs, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """PISA's formulas (arXiv 2602.01077, section 3) one query at a time, in float64."""
+def naive(
+    inputs: Inputs, params: AttentionParams, density: list[float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """PISA's formulas (arXiv 2602.01077, section 3) one query at a time, in float64.
+
+    `density` replaces `params.density` for each head.
+    """
     query, key, value, mask = inputs.astuple()
     batch, heads, query_len, _ = query.shape
     out = torch.zeros(batch, heads, query_len, value.shape[3], dtype=torch.float64)
@@ -47,8 +54,12 @@ def naive(inputs: Inputs, params: AttentionParams) -> tuple[Tensor, Tensor]:
     for b in range(batch):
         valid = torch.ones(key.shape[2], dtype=torch.bool) if mask is None else mask[b]
         for h in range(heads):
-            g = h // (heads // key.shape[1])
-            naive_head(query[b, h], key[b, g], value[b, g], valid, params, out[b, h], lse[b, h])
+            group = heads // key.shape[1]
+            g = h // group
+            peers = query[b, g * group : (g + 1) * group].flatten(0, 1)
+            share = params.density if density is None else density[h]
+            k, v = key[b, g], value[b, g]
+            naive_head(query[b, h], k, v, valid, params, share, peers, out[b, h], lse[b, h])
     return out, lse
 
 
@@ -58,6 +69,8 @@ def naive_head(
     v: Tensor,
     valid: Tensor,
     params: AttentionParams,
+    density: float,
+    peers: Tensor,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -72,10 +85,16 @@ def naive_head(
     mean = {j: k[blocks[j]].mean(0) for j in filled}
     matrix = {j: (k[blocks[j]] - mean[j]).T @ v[blocks[j]] for j in filled}
     all_matrices = sum(matrix.values(), torch.zeros(k.shape[1], v.shape[1], dtype=k.dtype))
+    factor = dict.fromkeys(filled, 1.0)  # on the mass of a block
+    if params.order == "corrected":
+        for j in filled:
+            # The mean over queries and keys of the second-order term, one channel at a time.
+            logits = scale * peers[:, None] * (k[blocks[j]] - mean[j])  # [queries, keys, D]
+            factor[j] = min(8.0, 1.0 + 0.5 * float(logits.square().sum(-1).mean()))
     tokens_in_all = sum(len(blocks[j]) for j in filled)
     for start in range(0, len(q), size):
         rows = range(start, min(start + size, len(q)))
-        exact = naive_exact_set(q, len(k), start, mean, matrix, len(blocks), params)
+        exact = naive_exact_set(q, len(k), start, mean, matrix, len(blocks), params, density)
         for t in rows:
             numerator = torch.zeros(v.shape[1], dtype=torch.float64)
             denominator, tail = 0.0, 0.0
@@ -85,12 +104,12 @@ def naive_head(
                     numerator += weights @ v[blocks[j]]
                     denominator += float(weights.sum())
                 elif params.order != "none":
-                    weight = math.exp(scale * float(q[t] @ mean[j]))
+                    weight = factor[j] * math.exp(scale * float(q[t] @ mean[j]))
                     numerator += weight * v[blocks[j]].sum(0)
                     if params.order == "blockwise":
                         numerator += weight * scale * (q[t] @ matrix[j])
                     tail += weight * len(blocks[j])
-            if params.order == "hybrid":
+            if params.order in ("hybrid", "corrected"):
                 numerator += tail / tokens_in_all * scale * (q[t] @ all_matrices)
             out[t] = numerator / (denominator + tail)
             lse[t] = math.log(denominator + tail)
@@ -104,6 +123,7 @@ def naive_exact_set(
     matrix: dict[int, Tensor],
     blocks: int,
     params: AttentionParams,
+    density: float,
 ) -> set[int]:
     size = params.block_size
     prefix, suffix = params.exact
@@ -116,7 +136,7 @@ def naive_exact_set(
         if j * size < prefix or (suffix and min((j + 1) * size, key_len) > key_len - suffix)
     }
     free = [j for j in range(blocks) if j not in forced]
-    if params.sparsity == 0 or not free:
+    if density >= 1 or not free:
         return set(mean)
     centroid = q[start:end].mean(0)
     score = {j: params.scale * float(centroid @ mean[j]) for j in free if j in mean}
@@ -128,10 +148,10 @@ def naive_exact_set(
     if params.routing == "threshold":
         mu = sum(score.values()) / max(1, len(score))
         sigma = math.sqrt(sum((x - mu) ** 2 for x in score.values()) / max(1, len(score)))
-        threshold = mu + params.threshold_beta * sigma
+        threshold = mu + NormalDist().inv_cdf(1 - density) * sigma
         chosen = {j for j in score if score[j] > threshold} | set(ranked[:1])
     else:
-        chosen = set(ranked[: exact_block_count(params.density, len(free))])
+        chosen = set(ranked[: max(1, math.ceil(density * len(free) - 1e-6))])
     return (chosen | forced) & set(mean)
 
 
@@ -173,6 +193,93 @@ def test_formulas_for_lengths_and_exact_tokens(
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("exact", [(0, 0), (20, 9)], ids=["free", "exact-tokens"])
+def test_permutation_and_density_for_each_head(
+    routing: str, order: str, exact: tuple[int, int]
+) -> None:
+    """As if the tokens had been permuted by hand, with grouped queries and masked keys."""
+    inputs = double_inputs(
+        query_len=61, head_dim=8, value_dim=5, heads=4, kv_heads=2, batch=2, masked=0.3, seed=8
+    )
+    query, key, value, mask = inputs.astuple()
+    assert mask is not None
+    mask[1, 16:32] = False
+    tokens = torch.randperm(61, generator=torch.Generator().manual_seed(2))
+    density = torch.tensor([0.3, 0.75, 1.0, 0.1])
+    params = replace(PARAMS, routing=routing, order=order, exact=exact)
+    out, lse = reference.attention(
+        *inputs.astuple(), params, density=density, permutation=tokens.int()
+    )
+    moved = Inputs(query[:, :, tokens], key[:, :, tokens], value[:, :, tokens], mask[:, tokens])
+    expected, expected_lse = naive(moved, params, density.tolist())
+    assert relative_l2(out[:, :, tokens], expected) < 1e-12
+    assert (lse[:, :, tokens] - expected_lse).abs().max() < 1e-6
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.is_contiguous()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("density", [1 / 16, 0.25, 0.7])
+def test_density_is_the_complement_of_sparsity(routing: str, density: float) -> None:
+    inputs = double_inputs(query_len=160)
+    params = replace(PARAMS, routing=routing)
+    expected, _ = reference.attention(*inputs.astuple(), replace(params, sparsity=1 - density))
+    for tensor in (torch.tensor(density), torch.full((2,), density)):
+        out, _ = reference.attention(*inputs.astuple(), params, density=tensor)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("density", [0.9, 0.1, 0.3, 0.05, 1 / 3, 0.07, 1e-9, 1.0, 2.0])
+def test_a_float32_density_counts_the_same_blocks(density: float) -> None:
+    """Rounded up, but 30 % of 10 blocks are 3, although the nearest float32 is above 0.3."""
+    for blocks in (1, 9, 10, 30, 100, 1000, 2100):
+        counted = exact_block_counts(torch.tensor([density]).double(), blocks)
+        assert int(counted) == exact_block_count(density, blocks)
+
+
+def test_bad_permutations_are_refused() -> None:
+    inputs = double_inputs(query_len=40)
+    tokens = torch.arange(40)
+    for change, words in ((40, "from 1 to 40"), (-1, "from -1 to 39"), (7, "1 of them not at all")):
+        wrong = tokens.clone()
+        wrong[0] = change
+        with pytest.raises(ValueError, match=f"every token from 0 to 39 once, got .*{words}"):
+            reference.attention(*inputs.astuple(), PARAMS, permutation=wrong)
+
+
+def test_correction_brings_the_mass_closer() -> None:
+    """Against the true denominator, for keys that scatter around the means of their blocks."""
+    inputs = double_inputs(query_len=512, head_dim=16, seed=2)
+    params = replace(PARAMS, sparsity=0.9)
+    query, key, _, _ = inputs.astuple()
+    dense = (params.scale * query @ key.mT).logsumexp(-1)
+    error = {}
+    for order in ("hybrid", "corrected"):
+        _, lse = reference.attention(*inputs.astuple(), replace(params, order=order))
+        error[order] = float((lse - dense).abs().mean())
+    assert error["corrected"] < 0.5 * error["hybrid"]
+
+
+def test_correction_is_limited() -> None:
+    """One key far from the others: its block counts for eight times its mean, not more."""
+    inputs = double_inputs(query_len=64, seed=3)
+    key = inputs.key.clone()
+    key[:, :, 20] *= 1e3
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    stats = reference.block_statistics(key, inputs.value, mask, 16)
+    bias = reference.tail_mass_correction(inputs.query, stats, 0.25, 2)
+    torch.testing.assert_close(bias[:, :, 1], torch.full((1, 2), math.log(8)).double())
+    assert (bias[:, :, [0, 2, 3]] < math.log(8)).all()
+    assert (bias > 0).all()
+    alone = reference.block_statistics(key, inputs.value, mask, 1)
+    assert (reference.tail_mass_correction(inputs.query, alone, 0.25, 2) == 0).all()
+    beyond = reference.block_statistics(1e200 * key, inputs.value, mask, 16)
+    bias = reference.tail_mass_correction(0 * inputs.query, beyond, 0.25, 2)  # inf * 0
+    torch.testing.assert_close(bias, torch.full_like(bias, math.log(8)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_no_sparsity_is_dense_attention(routing: str, order: str) -> None:
     inputs = double_inputs(query_len=90, key_len=150, heads=4, kv_heads=2, batch=2, masked=0.3)
     params = replace(PARAMS, sparsity=0.0, routing=routing, order=order)
@@ -188,7 +295,7 @@ def test_no_sparsity_is_dense_attention(routing: str, order: str) -> None:
     assert (lse - dense_lse).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("order", ["zeroth", "hybrid", "blockwise"])
+@pytest.mark.parametrize("order", ["zeroth", "hybrid", "corrected", "blockwise"])
 def test_keys_constant_per_block_give_the_dense_result(order: str) -> None:
     inputs = double_inputs(query_len=130, seed=1)
     key = inputs.key[:, :, ::16].repeat_interleave(16, dim=2)[:, :, :130]
@@ -258,7 +365,7 @@ def test_low_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> Non
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", ["zeroth", "hybrid", "blockwise"])
+@pytest.mark.parametrize("order", ["zeroth", "hybrid", "corrected", "blockwise"])
 def test_maximum_in_an_unselected_block(order: str) -> None:
     """Queries that point elsewhere than their block's mean find their maximum in the tail."""
     inputs = double_inputs(query_len=64, key_len=96, heads=1, head_dim=8)
@@ -270,7 +377,7 @@ def test_maximum_in_an_unselected_block(order: str) -> None:
     assert relative_l2(out[:, :, 5], expected[:, :, 5]) < 1e-12
 
 
-@pytest.mark.parametrize("order", ["zeroth", "hybrid", "blockwise"])
+@pytest.mark.parametrize("order", ["zeroth", "hybrid", "corrected", "blockwise"])
 def test_entries_of_ten_thousand(order: str) -> None:
     """Logits of 1e8: each query attends to the keys that equal it and to nothing else."""
     inputs, expected = one_hot_inputs(torch.float64)

@@ -56,27 +56,31 @@ class Attention {
     return static_cast<const char*>(base) +
            (b * stride[0] + h * stride[1] + t * stride[2]) * element;
   }
+  // The tokens at the places from `t` on are start(t) + tokens(t)[i], or start(t) + i if null.
+  const int64_t* tokens(int64_t t) const { return c.permutation ? c.permutation + t : nullptr; }
+  int64_t start(int64_t t) const { return c.permutation ? 0 : t; }
   int64_t block_rows(int64_t j) const { return std::min(c.block, c.key_len - j * c.block); }
   const uint8_t* keep(int64_t b, int64_t t) const {
-    return c.mask ? c.mask + b * c.key_len + t : nullptr;
+    return c.mask ? c.mask + b * c.key_len + start(t) : nullptr;
   }
-  // The valid keys and values among `rows` tokens from token `t`, as float32. Returns their number.
+  // The valid keys and values among `rows` tokens from place `t`, as float32. Returns their number.
   int64_t load(const Head& head, float* keys, float* values, int64_t t, int64_t rows) const {
-    k.load_rows(keys, p.ld_key, row(c.key, c.key_stride, head.b, head.g, t), c.key_stride[2], rows,
-                c.head_dim, c.dtype, keep(head.b, t));
-    return k.load_rows(values, p.ld_value, row(c.value, c.value_stride, head.b, head.g, t),
-                       c.value_stride[2], rows, c.value_dim, c.dtype, keep(head.b, t));
+    k.load_rows(keys, p.ld_key, row(c.key, c.key_stride, head.b, head.g, start(t)),
+                c.key_stride[2], tokens(t), rows, c.head_dim, c.dtype, keep(head.b, t));
+    return k.load_rows(values, p.ld_value, row(c.value, c.value_stride, head.b, head.g, start(t)),
+                       c.value_stride[2], tokens(t), rows, c.value_dim, c.dtype, keep(head.b, t));
   }
 
   void count_lengths(int64_t b);
   void statistics(const Scratch& s, int64_t first_head, int64_t unit);
-  void reduce(const Scratch&, int64_t first_head, int64_t unit);
+  void add_energy(const Scratch& s, const Head& head, int64_t chunk);
+  void reduce(const Scratch& s, int64_t first_head, int64_t unit);
   void covariance(const Scratch& s, int64_t first_head, int64_t unit);
   void tile(const Scratch& s, int64_t first_head, int64_t unit);
 
-  void select(const Scratch& s, const Head& head, bool dense) const;
-  int64_t keep_best(const Scratch& s, int64_t count) const;
-  int64_t keep_above(const Scratch& s, int64_t count) const;
+  void select(const Scratch& s, const Head& head, int64_t query_head, bool dense) const;
+  int64_t keep_best(const Scratch& s, int64_t count, int64_t top_k) const;
+  int64_t keep_above(const Scratch& s, int64_t count, double beta) const;
   void approximate(const Scratch& s, const Head& head, int64_t width) const;
   void exact(const Scratch& s, const Head& head, int64_t width) const;
   void attend(const Scratch& s, const float* keys, const float* values, int64_t count,
@@ -122,6 +126,9 @@ Head Attention::head(int64_t first, int64_t offset) const {
               c.workspace + p.value_mean + offset * p.blocks * p.ld_value,
               c.workspace + p.matrix + offset * p.chunks * p.matrix_size,
               c.workspace + p.norm + offset * p.blocks,
+              c.workspace + p.log_weight + offset * p.blocks,
+              c.workspace + p.variance + offset * p.blocks * p.ld_key,
+              c.workspace + p.energy + offset * p.chunks * p.ld_key,
               keys,
               keys + p.blocks * c.block * p.ld_key,
               reinterpret_cast<int32_t*>(c.workspace + p.length) + b * p.blocks};
@@ -134,14 +141,16 @@ void Attention::count_lengths(int64_t b) {
   valid_keys[b] = 0;
   for (int64_t j = 0; j < p.blocks; ++j) {
     const uint8_t* kept = keep(b, j * c.block);
-    int64_t count = block_rows(j);
-    if (kept) count = std::count_if(kept, kept + count, [](uint8_t x) { return x != 0; });
+    const int64_t* at = tokens(j * c.block);
+    int64_t count = kept ? 0 : block_rows(j);
+    if (kept)
+      for (int64_t i = 0; i < block_rows(j); ++i) count += kept[at ? at[i] : i] != 0;
     length[j] = static_cast<int32_t>(count);
     valid_keys[b] += count;
   }
 }
 
-// A chunk of blocks: their contiguous copies, their means, and their part of
+// A chunk of blocks: their contiguous copies, means and variances, and their part of
 // H = sum_j (K_j - kbar_j)^T V_j.
 void Attention::statistics(const Scratch& s, int64_t first_head, int64_t unit) {
   const Head h = head(first_head, unit / p.chunks);
@@ -158,18 +167,51 @@ void Attention::statistics(const Scratch& s, int64_t first_head, int64_t unit) {
     const float divisor = static_cast<float>(std::max<int64_t>(count, 1));
     k.column_mean(mean, keys, p.ld_key, count, divisor);
     k.column_mean(h.value_mean + j * p.ld_value, values, p.ld_value, count, divisor);
+    h.log_weight[j] = std::log2(static_cast<float>(count));
     if (!p.first_order) continue;
     // Centred before the product: K^T V - sum_j b_j kbar_j vbar_j^T would cancel.
     k.centre(s.keys, keys, mean, p.ld_key, count);
     k.accumulate(matrix, nullptr, s.keys, p.ld_key, c.head_dim, values, count, p.ld_value);
+    if (!p.corrected) continue;
+    float* variance = h.variance + j * p.ld_key;
+    std::fill_n(variance, p.ld_key, 0.0f);
+    k.add_squares(variance, s.keys, p.ld_key, count, 1.0f / divisor);
   }
+  if (p.corrected) add_energy(s, h, unit % p.chunks);
 }
 
-void Attention::reduce(const Scratch&, int64_t first_head, int64_t unit) {
-  float* sum = head(first_head, unit).matrix;
-  for (int64_t chunk = 1; chunk < p.chunks; ++chunk) {
-    const float* part = sum + chunk * p.matrix_size;
-    for (int64_t i = 0; i < p.matrix_size; ++i) sum[i] += part[i];
+// The part of one chunk in the mean of q_d^2 over the queries that share a key head.
+void Attention::add_energy(const Scratch& s, const Head& h, int64_t chunk) {
+  float* energy = h.energy + chunk * p.ld_key;
+  std::fill_n(energy, p.ld_key, 0.0f);
+  const int64_t rows = ceil_div(c.query_len, p.chunks);
+  const int64_t first = chunk * rows, last = std::min(c.query_len, first + rows);
+  const float factor = 1.0f / static_cast<float>(p.group * c.query_len);
+  for (int64_t q = h.g * p.group; q < (h.g + 1) * p.group; ++q)
+    for (int64_t t = first; t < last; t += kTile) {  // in memory order: a sum needs no other
+      const int64_t count = std::min(kTile, last - t);
+      k.load_rows(s.keys, p.ld_key, row(c.query, c.query_stride, h.b, q, t), c.query_stride[2],
+                  nullptr, count, c.head_dim, c.dtype, nullptr);
+      k.add_squares(energy, s.keys, p.ld_key, count, factor);
+    }
+}
+
+// Sums what the chunks of a head have gathered, and corrects the mass of its blocks.
+void Attention::reduce(const Scratch& s, int64_t first_head, int64_t unit) {
+  const Head h = head(first_head, unit);
+  const auto sum = [this](float* parts, int64_t size) {
+    for (int64_t chunk = 1; chunk < p.chunks; ++chunk)
+      for (int64_t i = 0; i < size; ++i) parts[i] += parts[chunk * size + i];
+  };
+  sum(h.matrix, p.matrix_size);
+  if (!p.corrected) return;
+  sum(h.energy, p.ld_key);
+  k.dots(s.score, h.energy, h.variance, p.ld_key, p.blocks);
+  for (int64_t j = 0; j < p.blocks; ++j) {
+    const double beta = 0.5 * c.scale * c.scale * s.score[j];
+    // A NaN (0 * inf) compares false: it meets the limit as well.
+    const double factor = beta < c.mass_limit - 1.0 ? 1.0 + beta : c.mass_limit;
+    h.log_weight[j] += static_cast<float>(std::log2(factor));
   }
 }
 
@@ -197,8 +239,8 @@ void Attention::covariance(const Scratch& s, int64_t first_head, int64_t unit) {
 // ---- Routing ----
 
 // Splits the key blocks for one query block: `index` receives the exact ones in ascending order,
-// followed by -1, and `bias` log2(b_j) of the approximated ones and -inf elsewhere.
-void Attention::select(const Scratch& s, const Head& h, bool dense) const {
+// followed by -1, and `bias` the log weight of the approximated ones and -inf elsewhere.
+void Attention::select(const Scratch& s, const Head& h, int64_t query_head, bool dense) const {
   const int64_t first = dense ? 0 : c.free_first, last = dense ? 0 : c.free_last;
   int64_t picked = 0;
   if (first < last) {
@@ -211,11 +253,12 @@ void Attention::select(const Scratch& s, const Head& h, bool dense) const {
       if (std::isnan(s.score[j])) s.score[j] = kInfinity;
       if (h.length[j] > 0) s.index[picked++] = static_cast<int32_t>(j);
     }
-    picked = c.routing == kThreshold ? keep_above(s, picked) : keep_best(s, picked);
+    picked = c.routing == kThreshold ? keep_above(s, picked, c.beta[query_head])
+                                     : keep_best(s, picked, c.top_k[query_head]);
   }
   for (int64_t j = 0; j < p.blocks; ++j) {
     const bool candidate = first <= j && j < last && h.length[j] > 0;
-    s.bias[j] = candidate ? std::log2(static_cast<float>(h.length[j])) : -kInfinity;
+    s.bias[j] = candidate ? h.log_weight[j] : -kInfinity;
   }
   for (int64_t i = 0; i < picked; ++i) s.bias[s.index[i]] = -kInfinity;
   picked = 0;
@@ -225,17 +268,17 @@ void Attention::select(const Scratch& s, const Head& h, bool dense) const {
 }
 
 // Moves the `top_k` best of the first `count` entries of `index` to the front.
-int64_t Attention::keep_best(const Scratch& s, int64_t count) const {
-  if (count <= c.top_k) return count;
+int64_t Attention::keep_best(const Scratch& s, int64_t count, int64_t top_k) const {
+  if (count <= top_k) return count;
   const float* score = s.score;
-  std::nth_element(s.index, s.index + c.top_k, s.index + count, [score](int32_t x, int32_t y) {
+  std::nth_element(s.index, s.index + top_k, s.index + count, [score](int32_t x, int32_t y) {
     return score[x] > score[y] || (score[x] == score[y] && x < y);
   });
-  return c.top_k;
+  return top_k;
 }
 
 // Keeps the entries of `index` whose score exceeds mu + beta * sigma, and always the best.
-int64_t Attention::keep_above(const Scratch& s, int64_t count) const {
+int64_t Attention::keep_above(const Scratch& s, int64_t count, double beta) const {
   if (count == 0) return 0;
   double mean = 0.0, variance = 0.0;
   for (int64_t i = 0; i < count; ++i) mean += s.score[s.index[i]];
@@ -244,7 +287,7 @@ int64_t Attention::keep_above(const Scratch& s, int64_t count) const {
     const double deviation = s.score[s.index[i]] - mean;
     variance += deviation * deviation;
   }
-  const double threshold = mean + c.beta * std::sqrt(variance / static_cast<double>(count));
+  const double threshold = mean + beta * std::sqrt(variance / static_cast<double>(count));
   const float* score = s.score;
   const int32_t best = *std::max_element(s.index, s.index + count, [score](int32_t x, int32_t y) {
     return score[x] < score[y];
@@ -275,7 +318,7 @@ void Attention::approximate(const Scratch& s, const Head& h, int64_t width) cons
     any = true;
     attend(s, h.key_mean + j * p.ld_key, h.value_mean + j * p.ld_value, count, width, s.bias + j);
   }
-  if (!any || c.order != kHybrid) return;
+  if (!any || (c.order != kHybrid && c.order != kCorrected)) return;
   // The mass so far is the tail mass g, and the term (g / Tk) * scale * q @ H has the form of
   // one more product with H in the place of the values.
   const double per_key = c.scale / static_cast<double>(valid_keys[h.b]);
@@ -321,10 +364,12 @@ void Attention::tile(const Scratch& s, int64_t first_head, int64_t unit) {
 
   const int64_t block_start = query_block * c.block;
   const int64_t block_rows = std::min(c.block, c.query_len - block_start);
-  k.load_rows(s.keys, p.ld_key, row(c.query, c.query_stride, h.b, query_head, block_start),
-              c.query_stride[2], block_rows, c.head_dim, c.dtype, nullptr);
+  k.load_rows(s.keys, p.ld_key,
+              row(c.query, c.query_stride, h.b, query_head, start(block_start)),
+              c.query_stride[2], tokens(block_start), block_rows, c.head_dim, c.dtype, nullptr);
   k.column_mean(s.query_mean, s.keys, p.ld_key, block_rows, static_cast<float>(block_rows));
-  select(s, h, !p.sparse || query_block < c.query_first || query_block >= c.query_last);
+  select(s, h, query_head,
+         c.top_k[query_head] == 0 || query_block < c.query_first || query_block >= c.query_last);
 
   float* tile_rows = s.keys + (t - block_start) * p.ld_key;
   std::fill_n(tile_rows + rows * p.ld_key, (width - rows) * p.ld_key, 0.0f);
@@ -336,14 +381,16 @@ void Attention::tile(const Scratch& s, int64_t first_head, int64_t unit) {
   if (c.order != kNone) approximate(s, h, width);
   exact(s, h, width);
 
-  float* lse = c.lse + (h.b * c.heads + query_head) * c.query_len + t;
+  const int64_t* at = tokens(t);
+  float* lse = c.lse + (h.b * c.heads + query_head) * c.query_len + start(t);
   for (int64_t w = 0; w < rows; ++w)
-    lse[w] = static_cast<float>((s.top[w] + std::log2(static_cast<double>(s.mass[w]))) / kLog2E);
+    lse[at ? at[w] : w] =
+        static_cast<float>((s.top[w] + std::log2(static_cast<double>(s.mass[w]))) / kLog2E);
   for (int64_t w = 0; w < width; ++w) s.factor[w] = s.mass[w] != 0.0f ? 1.0f / s.mass[w] : 0.0f;
   k.scale_columns(s.acc, s.acc, s.factor, width, p.ld_value);
   k.transpose(s.values, p.ld_value, s.acc, width, p.ld_value, width);
-  void* out = const_cast<void*>(row(c.out, c.out_stride, h.b, query_head, t));
-  k.store_rows(out, c.out_stride[2], s.values, p.ld_value, rows, c.value_dim, c.dtype);
+  void* out = const_cast<void*>(row(c.out, c.out_stride, h.b, query_head, start(t)));
+  k.store_rows(out, c.out_stride[2], at, s.values, p.ld_value, rows, c.value_dim, c.dtype);
 }
 
 // ---- Threads ----
@@ -376,7 +423,8 @@ void Attention::run() {
     const int64_t heads = std::min(p.heads, kv - first);
     if (p.sparse || p.packed)
       phases.push_back({&Attention::statistics, first, heads * p.chunks});
-    if (p.first_order && p.chunks > 1) phases.push_back({&Attention::reduce, first, heads});
+    if (p.corrected || (p.first_order && p.chunks > 1))
+      phases.push_back({&Attention::reduce, first, heads});
     if (p.covariance) phases.push_back({&Attention::covariance, first, heads * p.chunks});
     phases.push_back({&Attention::tile, first, heads * p.group * p.tiles});
   }

@@ -191,10 +191,17 @@ PISA_INLINE void load_float_row(float* dst, const float* src, int64_t cols) {
   }
 }
 
-int64_t load_rows(float* dst, int64_t ld, const void* src, int64_t src_stride, int64_t rows,
-                  int64_t cols, int32_t dtype, const uint8_t* keep) {
+int64_t load_rows(float* dst, int64_t ld, const void* src, int64_t src_stride, const int64_t* at,
+                  int64_t rows, int64_t cols, int32_t dtype, const uint8_t* keep) {
+  constexpr int64_t kAhead = 8;
+  const int64_t element = dtype == kFloat32 ? 4 : 2;
   int64_t kept = 0;
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t r = at ? at[i] : i;
+    // Rows lie apart, so that the processor sees no stream to prefetch by itself.
+    const int64_t ahead = i + kAhead < rows ? (at ? at[i + kAhead] : i + kAhead) : r;
+    const char* next = static_cast<const char*>(src) + ahead * src_stride * element;
+    for (int64_t byte = 0; byte < cols * element; byte += 64) __builtin_prefetch(next + byte);
     if (keep && !keep[r]) continue;
     float* to = dst + kept++ * ld;
     // The vector that holds the last column is padded by load_*_row, whole vectors are not.
@@ -223,10 +230,11 @@ PISA_INLINE void store_half_row(uint16_t* dst, const float* src, int64_t cols, C
   }
 }
 
-void store_rows(void* dst, int64_t dst_stride, const float* src, int64_t ld, int64_t rows,
-                int64_t cols, int32_t dtype) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = src + r * ld;
+void store_rows(void* dst, int64_t dst_stride, const int64_t* at, const float* src, int64_t ld,
+                int64_t rows, int64_t cols, int32_t dtype) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = src + i * ld;
+    const int64_t r = at ? at[i] : i;
     if (dtype == kFloat32) {
       float* to = static_cast<float*>(dst) + r * dst_stride;
       int64_t c = 0;
@@ -263,6 +271,22 @@ void column_mean(float* mean, const float* src, int64_t ld, int64_t rows, float 
     vf sum = {};
     for (int64_t r = 0; r < rows; ++r) sum += load(src + r * ld + c);
     store(mean + c, sum / divisor);
+  }
+}
+
+void add_squares(float* sum, const float* src, int64_t ld, int64_t rows, float factor) {
+  for (int64_t c = 0; c < ld; c += kLanes) {
+    vf part[4] = {};  // several sums, since each addition waits for the one before it
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const vf x = load(src + (r + i) * ld + c);
+        part[i] += x * x;
+      }
+    for (; r < rows; ++r) part[0] += load(src + r * ld + c) * load(src + r * ld + c);
+    const vf squares = (part[0] + part[1]) + (part[2] + part[3]);
+    store(sum + c, load(sum + c) + squares * factor);
   }
 }
 
@@ -303,8 +327,8 @@ void scale_columns(float* dst, const float* src, const float* factor, int64_t wi
 
 extern const Kernels PISA_TABLE(PISA_VARIANT);
 const Kernels PISA_TABLE(PISA_VARIANT) = {
-    load_rows, store_rows, transpose,     column_mean, centre,     dots,
-    norm2,     scale_columns, scores,     softmax,     accumulate,
+    load_rows, store_rows, transpose,     column_mean, add_squares, centre,
+    dots,      norm2,      scale_columns, scores,      softmax,     accumulate,
 };
 
 }  // namespace pisa

@@ -12,7 +12,7 @@ namespace pisa {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Routing : int32_t { kTopK = 0, kTopKCovariance = 1, kThreshold = 2 };
-enum Order : int32_t { kNone = 0, kZeroth = 1, kHybrid = 2 };
+enum Order : int32_t { kNone = 0, kZeroth = 1, kHybrid = 2, kCorrected = 3 };
 
 // Runs body(argument) on a team of `threads` threads, the caller among them: the type of
 // GOMP_parallel, which every OpenMP runtime of GCC and Clang exports.
@@ -24,6 +24,11 @@ struct Call {
   const void* key;        // [B, G, Tk, D]
   const void* value;      // [B, G, Tk, E]
   const uint8_t* mask;    // [B, Tk] contiguous, or null
+  // [T] the token at each place of the block structure, every token once, or null: token t is at
+  // place t. The mask, the output and the LSE are in the tokens' own order.
+  const int64_t* permutation;
+  const int64_t* top_k;   // [H] routed exact blocks; 0 means every block is exact
+  const double* beta;     // [H] threshold routing: standard deviations above the mean
   void* out;              // [B, H, Tq, E] through out_stride, last dimension contiguous
   float* lse;             // [B, H, Tq] contiguous
   float* workspace;       // pisa_workspace_floats(call) floats, 64-byte aligned
@@ -33,26 +38,30 @@ struct Call {
   int64_t block;          // tokens per block
   int64_t free_first, free_last;    // key blocks that routing may choose from
   int64_t query_first, query_last;  // query blocks outside this range attend densely
-  int64_t top_k;          // routed exact blocks; 0 means every block is exact
   double scale;
-  double beta;            // threshold routing: standard deviations above the mean
+  double mass_limit;      // order kCorrected: the largest factor on the mass of a block
   int32_t dtype, routing, order, threads;
 };
 
 // Vector kernels of one instruction set. All scratch memory is 64-byte aligned and row strides
 // (`ld`, in floats) are multiples of 16.
 struct Kernels {
-  // dst[r, c] = float(src[r, c]) for the rows that `keep` (null: all) keeps, packed densely;
-  // columns from `cols` to `ld` become zero. Returns the number of rows kept.
-  int64_t (*load_rows)(float* dst, int64_t ld, const void* src, int64_t src_stride, int64_t rows,
-                       int64_t cols, int32_t dtype, const uint8_t* keep);
-  void (*store_rows)(void* dst, int64_t dst_stride, const float* src, int64_t ld, int64_t rows,
-                     int64_t cols, int32_t dtype);
+  // dst[r, c] = float(src[at[r], c]), at[r] = r where `at` is null, for the rows with keep[at[r]]
+  // (null: all), packed densely; columns from `cols` to `ld` become zero. Returns the number of
+  // rows kept.
+  int64_t (*load_rows)(float* dst, int64_t ld, const void* src, int64_t src_stride,
+                       const int64_t* at, int64_t rows, int64_t cols, int32_t dtype,
+                       const uint8_t* keep);
+  // dst[at[r], c] = src[r, c], with `at` as in load_rows.
+  void (*store_rows)(void* dst, int64_t dst_stride, const int64_t* at, const float* src,
+                     int64_t ld, int64_t rows, int64_t cols, int32_t dtype);
   // dst[c, r] = src[r, c]; rows and cols are multiples of 16.
   void (*transpose)(float* dst, int64_t ld_dst, const float* src, int64_t ld_src, int64_t rows,
                     int64_t cols);
   // mean[c] = sum_r src[r, c] / divisor over `ld` columns.
   void (*column_mean)(float* mean, const float* src, int64_t ld, int64_t rows, float divisor);
+  // sum[c] += factor * sum_r src[r, c]^2 over `ld` columns.
+  void (*add_squares)(float* sum, const float* src, int64_t ld, int64_t rows, float factor);
   // dst[r, c] = src[r, c] - mean[c] over `ld` columns.
   void (*centre)(float* dst, const float* src, const float* mean, int64_t ld, int64_t rows);
   // out[r] = x . rows[r] over `ld` columns.
@@ -78,7 +87,7 @@ struct Kernels {
 };
 
 // Raise whenever Call, a signature or the meaning of a field changes.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 }  // namespace pisa
 

@@ -26,9 +26,10 @@ struct Plan {
         ld_key(round_up(c.head_dim)),
         ld_value(round_up(c.value_dim)),
         group(c.heads / c.kv_heads),
-        sparse(c.top_k > 0),
+        sparse(std::any_of(c.top_k, c.top_k + c.heads, [](int64_t k) { return k > 0; })),
         covariance(sparse && c.routing == kTopKCovariance),
-        first_order(sparse && (covariance || c.order == kHybrid)) {
+        corrected(sparse && c.order == kCorrected),
+        first_order(sparse && (covariance || corrected || c.order == kHybrid)) {
     const int64_t kv = c.batch * c.kv_heads;
     chunk_blocks = std::max<int64_t>(ceil_div(blocks, kMaxChunks), ceil_div(512, c.block));
     chunks = ceil_div(blocks, chunk_blocks);
@@ -50,6 +51,9 @@ struct Plan {
     matrix_size = c.head_dim * ld_value;
     matrix = take(first_order ? heads * chunks * matrix_size : 0);
     norm = take(covariance ? heads * blocks : 0);
+    log_weight = take(heads * blocks);
+    variance = take(corrected ? heads * blocks * ld_key : 0);
+    energy = take(corrected ? heads * chunks * ld_key : 0);
     pack = take(packed ? heads * packed_size : 0);
     shared = total;
     const int64_t rows_in_scratch = std::max(c.block, kTile);
@@ -75,14 +79,14 @@ struct Plan {
 
   int64_t blocks, width, tiles, ld_key, ld_value;
   int64_t group;  // query heads per key/value head
-  bool sparse, covariance, first_order;
+  bool sparse, covariance, corrected, first_order;
   bool packed;    // keys and values are copied once, as contiguous float32 blocks
   int64_t chunks, chunk_blocks;  // units that the statistics of one head are cut into
   int64_t heads;                 // key/value heads in work at a time
   int64_t threads, matrix_size, packed_size;
   int64_t total = 0, shared, per_thread;
   // Offsets: shared by all threads, then within the memory of one thread.
-  int64_t length, key_mean, value_mean, matrix, norm, pack;
+  int64_t length, key_mean, value_mean, matrix, norm, log_weight, variance, energy, pack;
   int64_t keys, values, query, logits, acc, rows, score, bias, index, block_matrix;
 };
 
@@ -93,6 +97,9 @@ struct Head {
   float* value_mean;     // [N, ld_value]
   float* matrix;         // [chunks, D, ld_value]; the first is their sum once reduced
   float* norm;           // [N]
+  float* log_weight;     // [N] log2 of the weight of a block's mean, exp(s(q, kbar_j)) left out
+  float* variance;       // [N, ld_key] of the valid keys of a block
+  float* energy;         // [chunks, ld_key] mean of q_d^2, in parts as `matrix`
   float* packed_keys;    // [N, block, ld_key], the valid keys of a block first
   float* packed_values;  // [N, block, ld_value]
   int32_t* length;       // [N]
