@@ -67,8 +67,9 @@ class Axes:
             order[first], order[second] = order[second], order[first]
             return tuple(dims[i] for i in order)
         if call.name in _REVERSALS:
-            reverse = rank == 2 or call.name == ".mT"
-            return (*dims[:-2], dims[-1], dims[-2]) if reverse and rank >= 2 else None
+            if call.name != ".mT":  # all dimensions, of whatever rank
+                return dims[::-1]
+            return (*dims[:-2], dims[-1], dims[-2]) if rank >= 2 else None
         if call.name == "permute":
             return tuple(dims[i] for i in call.rest(1, "dims"))
         if call.name == "unsqueeze":

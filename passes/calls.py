@@ -57,6 +57,10 @@ class Call:
             return self.args[position]
         return next((self.kwargs[name] for name in names if name in self.kwargs), default)
 
+    def joined(self) -> tuple[Any, ...]:
+        """What `cat` or `stack` joins."""
+        return tuple(self.argument(0, "tensors", default=()))
+
     def rest(self, position: int, *names: str) -> tuple[Any, ...]:
         """Arguments from `position` on, given one by one or as one sequence."""
         given = self.args[position:] or (self.argument(position, *names, default=()),)

@@ -9,10 +9,11 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 from .. import cost
 from ..kernels import dispatch
 from ..policy import DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
-from .fake import example, sizes
+from .exchange import exchanges_joint_shares
+from .fake import example, four_sizes, sizes
 from .joint import is_joint
 from .masks import MaskAnalysis
-from .site import AttentionSite
+from .site import AttentionSite, NearMiss
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,9 +37,31 @@ def refusal(
         or _kind_refusal(site, gradients)
         or _shape_refusal(site, query, key, value)
         or _mask_refusal(site, masks)
+        or _exact_refusal(site, policy)
         or _length_refusal(site, query, key, value, policy)
         or _implementation_refusal(site, query, value, policy)
     )
+
+
+def is_expected(site: AttentionSite | NearMiss, policy: Policy) -> bool:
+    """Whether nobody would expect a site to be sparse, whatever its spelling: by its policy, or
+    because sparsity is not meant for cross-attention and sequences too short to gain.
+    """
+    if not policy.enabled:
+        return True
+    if isinstance(site, NearMiss):
+        key = four_sizes(example(site.key))
+        length = four_sizes(example(site.query))[1 if site.token_first else -2]
+        device = example(site.query).device
+        minimum = policy.min_tokens
+        if minimum is None:
+            minimum = DEFAULT_MIN_TOKENS.get(device.type, DEFAULT_MIN_TOKENS_GPU)
+        # A key may stand there transposed, so its length is any of its sizes.
+        return length not in key or 0 <= length < minimum
+    tensors = [view.example() for view in (site.query, site.key, site.value)]
+    least, _ = _least_tokens(site, tensors[0], tensors[1], tensors[2], policy)
+    length, keys = sizes(tensors[0])[-2], sizes(tensors[1])[-2]
+    return length != keys or least is None or 0 <= length < least
 
 
 def _tensor_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -85,26 +108,42 @@ def _mask_refusal(site: AttentionSite, masks: MaskAnalysis) -> str | None:
     return padding if isinstance(padding, str) else None
 
 
+def _least_tokens(
+    site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, policy: Policy
+) -> tuple[int | None, str]:
+    """The length from which sparsity pays, if there is one, and where that is from."""
+    if policy.min_tokens is not None:
+        return policy.min_tokens, "min_tokens is {}"
+    profile = cost.profile_of(query.device, site.dtype, sizes(query)[-1], sizes(value)[-1])
+    if profile is None:
+        least = DEFAULT_MIN_TOKENS.get(query.device.type, DEFAULT_MIN_TOKENS_GPU)
+        return least, "min_tokens is {}"
+    batch, heads, _, head_dim = sizes(query)
+    work = cost.Workload(
+        batch, heads, sizes(key)[1], 0, head_dim, sizes(value)[-1], policy.params(scale=1.0)
+    )
+    why = "on this device it pays from {} on; min_tokens overrides that"
+    return cost.break_even(work, profile), why
+
+
+def _exact_refusal(site: AttentionSite, policy: Policy) -> str | None:
+    if policy.exact in (None, "auto", (0, 0)) or not exchanges_joint_shares(site):
+        return None
+    return (
+        f"exact={policy.exact} counts tokens in the order of one process, but ranks exchange their "
+        "shares of several joined sequences, which then alternate; leave exact on 'auto'"
+    )
+
+
 def _length_refusal(
     site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, policy: Policy
 ) -> str | None:
-    minimum, why = policy.min_tokens, "min_tokens is {}"
+    minimum, why = _least_tokens(site, query, key, value, policy)
     if minimum is None:
-        profile = cost.profile_of(query.device, site.dtype, sizes(query)[-1], sizes(value)[-1])
-        if profile is None:
-            minimum = DEFAULT_MIN_TOKENS.get(query.device.type, DEFAULT_MIN_TOKENS_GPU)
-        else:
-            batch, heads, _, head_dim = sizes(query)
-            work = cost.Workload(
-                batch, heads, sizes(key)[1], 0, head_dim, sizes(value)[-1], policy.params(scale=1.0)
-            )
-            minimum = cost.break_even(work, profile)
-            if minimum is None:
-                return (
-                    "sparse attention was measured to be slower here at any length; "
-                    "min_tokens overrides that"
-                )
-            why = "on this device it pays from {} on; min_tokens overrides that"
+        return (
+            "sparse attention was measured to be slower here at any length; "
+            "min_tokens overrides that"
+        )
     # A length that is only known at run time cannot be judged here, and stays dense.
     if guard_or_false(query.shape[-2] >= minimum):
         return None
@@ -122,6 +161,7 @@ def _implementation_refusal(
         query.shape[-1],
         value.shape[-1],
         policy.params(scale=1.0),
+        value.shape[-2],
     )
     if reason is not None and policy.impl is not None:
         raise dispatch.UnsupportedError(

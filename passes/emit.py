@@ -20,6 +20,7 @@ _OVERLOADS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
     "masked_fill": aten.masked_fill.Scalar,
     "narrow": aten.narrow.default,
     "permute": aten.permute.default,
+    "size": aten.sym_size.int,
     "squeeze": aten.squeeze.dim,
     "to": aten.to.dtype,
     "unflatten": aten.unflatten.int,

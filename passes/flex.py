@@ -1,4 +1,4 @@
-"""`flex_attention` as plain attention: without a score modification and without a block mask."""
+"""`flex_attention` as plain attention: without a score modification, with a mask or none."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .block_mask import body_of, dense_mask
 from .fake import example, number
 from .rewrite import AttentionRewrite, GraphFacts
-from .site import AttentionSite, NearMiss, View
+from .site import AttentionSite, Mask, NearMiss, View
 
 # What torch calls a block that covers any sequence: there is no block mask then.
 _WHOLE_SEQUENCE = 1 << 30
@@ -27,9 +28,12 @@ class FlexAttention(AttentionRewrite):
         if 0 not in results:
             return None
         out = results.pop(0)
-        reason = _score_refusal(score_mod) or _block_refusal(block_mask)
+        reason = _score_refusal(score_mod)
         if results:
             reason = reason or "its log-sum-exp is used; call it with return_lse=False"
+        mask = None if reason or _covers_all(block_mask) else dense_mask(node, facts.writes)
+        if isinstance(mask, str):
+            reason = mask
         if reason is not None:
             return NearMiss(out, query, key, value, reason)
         return AttentionSite(
@@ -38,6 +42,7 @@ class FlexAttention(AttentionRewrite):
             key=View(key),
             value=View(value),
             dtype=example(out).dtype,
+            masks=(Mask("allow", View(mask)),) if isinstance(mask, fx.Node) else (),
             scale=number(scale),
             enable_gqa=example(query).shape[1] != example(key).shape[1],
             interior=(node,),
@@ -46,7 +51,7 @@ class FlexAttention(AttentionRewrite):
 
 def _score_refusal(score_mod: Any) -> str | None:
     """The traced score modification must return the score, its first input."""
-    body = _body(score_mod)
+    body = body_of(score_mod)
     if body is not None:
         (output,) = body.graph.find_nodes(op="output")
         inputs = body.graph.find_nodes(op="placeholder")
@@ -55,26 +60,13 @@ def _score_refusal(score_mod: Any) -> str | None:
     return "flex_attention modifies its scores (score_mod); only plain attention is approximated"
 
 
-def _block_refusal(block_mask: Any) -> str | None:
+def _covers_all(block_mask: Any) -> bool:
     """No block mask: blocks as long as any sequence, and a `mask_mod` that allows everything."""
     *_, query_block, key_block, mask_mod = block_mask
-    body = _body(mask_mod)
-    if body is not None and query_block == key_block == _WHOLE_SEQUENCE:
-        (output,) = body.graph.find_nodes(op="output")
-        result = output.args[0]
-        result = result[0] if isinstance(result, tuple) else result
-        if isinstance(result, fx.Node) and "ones" in str(result.target):
-            return None
-    # Blocks may be skipped that `mask_mod` allows, so the function alone proves nothing.
-    return (
-        "flex_attention has a block mask; for padding, pass a boolean key-padding mask to "
-        "F.scaled_dot_product_attention"
-    )
-
-
-def _body(node: Any) -> fx.GraphModule | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    owner = node.graph.owning_module
-    body = getattr(owner, str(node.target), None)
-    return body if isinstance(body, fx.GraphModule) else None
+    body = body_of(mask_mod)
+    if body is None or not query_block == key_block == _WHOLE_SEQUENCE:
+        return False
+    (output,) = body.graph.find_nodes(op="output")
+    result = output.args[0]
+    result = result[0] if isinstance(result, tuple) else result
+    return isinstance(result, fx.Node) and "ones" in str(result.target)

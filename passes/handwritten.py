@@ -52,6 +52,9 @@ class HandWrittenAttention(AttentionRewrite):
         scores, result = product_of(back[0].node), product_of(forward[-1].node)
         assert scores is not None
         assert result is not None
+        division = call_of(softmax.division)
+        if division is not None and division.args[0] is not result.node:
+            return None  # some other quotient
         try:
             return _Match(softmax, back, forward, scores, result, facts.writes).site()
         except MismatchError as reason:
@@ -78,6 +81,7 @@ class _Match:
     ) -> None:
         self.softmax, self.back, self.forward = softmax, back, forward
         self.scores, self.result, self.writes = scores, result, writes
+        self.end = softmax.division or result.node
         self.axes = Axes()
 
     def site(self) -> AttentionSite:
@@ -94,6 +98,8 @@ class _Match:
         if weights.terms or weights.scale != 1.0:
             raise MismatchError(f"its attention weights are scaled or masked {_AFTER}")
         value_dims, result_dims, value = self._value(weights)
+        if self.softmax.division is not None:
+            self._check_division(softmax_dims, key_axis, value_dims, result_dims)
         return self._assembled(sides, chain, key_axis, value, value_dims, result_dims)
 
     def _letters(self, product: Product, known: dict[str, Group]) -> tuple[list[Dims], Dims]:
@@ -117,6 +123,21 @@ class _Match:
         dims = self.axes.resolve(weights.dims)
         sides, out = self._letters(self.result, dict(zip(letters, dims, strict=True)))
         return sides[is_left], out, right if is_left else left
+
+    def _check_division(
+        self, weights: Dims, key_axis: int, value_dims: Dims, result_dims: Dims
+    ) -> None:
+        """The sum over the keys must broadcast against the result row by row."""
+        resolve = self.axes.resolve
+        total = [tuple(a for a in group if a != key_axis) for group in resolve(weights)]
+        own = {a for group in resolve(value_dims) for a in group}
+        own -= {a for group in resolve(weights) for a in group}
+        pairs = list(zip(reversed(total), reversed(resolve(result_dims)), strict=False))
+        aligned = all(mine == its or (not mine and set(its) <= own) for mine, its in pairs)
+        if not aligned or len(total) != len(result_dims):
+            raise MismatchError("the sum that its product is divided by has another layout")
+        if example(self.end).dtype != example(self.result.node).dtype:
+            raise MismatchError("its product with the values is cast before it is normalised")
 
     def _only_atom(self, group: Group) -> int:
         if len(group) != 1:
@@ -195,7 +216,9 @@ class _Match:
         result_dims: Dims,
     ) -> AttentionSite:
         rows, keys, width, value_width = atoms
-        check_unchanged(nodes[:2], chain, self.scores.node, self.result.node, self.writes)
+        check_unchanged(nodes[:2], chain, self.scores.node, self.end, self.writes)
+        if self.writes.between(nodes[2], self.result.node, self.end):
+            raise MismatchError(f"`{nodes[2].name}` changes in place in the middle of it")
         nodes = (*self._without_upcasts(nodes[0], nodes[1]), nodes[2])
         groups, shared = self._groups(batch, dims[1], dims[2])
         wanted = (
@@ -212,10 +235,12 @@ class _Match:
             raise MismatchError("the layout of its result cannot be made from [B, H, T, D]")
         masks, factors = self._terms(chain, groups, rows, keys)
         weights = {*self.softmax.interior, *(link.node for link in self.forward[:-1])}
-        interior = closed_interior(chain, self.scores.node, weights, self.result.node)
+        if self.end is not self.result.node:
+            weights.add(self.result.node)
+        interior = closed_interior(chain, self.scores.node, weights, self.end)
         gqa = groups != shared or self._one_shared_head(query, key, value)
         return AttentionSite(
-            node=self.result.node,
+            node=self.end,
             query=query,
             key=key if gqa else self._spread(key, query),
             value=value if gqa else self._spread(value, query),
@@ -252,9 +277,9 @@ class _Match:
             source = call.args[0] if call is not None and call.name in CASTS else None
             if (
                 not isinstance(source, fx.Node)
-                or example(source).dtype != example(self.result.node).dtype
+                or example(source).dtype != example(self.end).dtype
                 or example(node).dtype != torch.float32
-                or self.writes.between(source, node, self.result.node)
+                or self.writes.between(source, node, self.end)
             ):
                 return query, key
             sources.append(source)
@@ -262,7 +287,7 @@ class _Match:
 
     def _dtype(self, nodes: tuple[fx.Node, fx.Node, fx.Node]) -> torch.dtype:
         """The wider of the two products' dtypes, which autocast may have lowered."""
-        result: torch.dtype = example(self.result.node).dtype
+        result: torch.dtype = example(self.end).dtype
         if nodes[0] is not self.scores.left and nodes[0] is not self.scores.right:
             return result
         return torch.promote_types(example(self.scores.node).dtype, result)

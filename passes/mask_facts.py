@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .axes import SAME, Axes
 from .calls import Call, call_of
 from .fake import example, is_number, is_tensor, number
+from .vmapped import HIDE, SHOW, shown
 from .writes import UnknownValueError, Writes
 
 Values = frozenset[float]
@@ -52,6 +53,7 @@ _MOVES = {
     *("transpose", "permute", "unsqueeze", "expand", "repeat_interleave", "reshape", "flatten"),
     *("unflatten", "squeeze", "expand_as", "view_as", ".mT", ".T", "t"),
 }
+_PARTS = {"getitem", "index", "repeat", "narrow", "select", HIDE, SHOW}
 _CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0}
 _CONSTANTS |= {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
 _FILLS = {"full": 1, "full_like": 1, "new_full": 2}
@@ -120,7 +122,7 @@ class MaskFacts:
         if call.name in _FILLS:
             return self._values_of(call.argument(_FILLS[call.name], "fill_value"), node)
         if call.name == "cat":
-            return _union(*(self._values_of(part, node) for part in call.rest(0, "tensors")))
+            return _union(*(self._values_of(part, node) for part in call.joined()))
         if call.name in ("masked_fill", "where", "setitem"):
             return self._chosen(call, node)
         if call.name in ("tensor", "scalar_tensor"):
@@ -139,7 +141,7 @@ class MaskFacts:
             if _tensor(node).dtype == torch.bool:
                 return frozenset(float(bool(value)) for value in first)
             return first if _tensor(node).is_floating_point() or first <= {0.0, 1.0} else None
-        return first if call.name in _MOVES | {"getitem", "repeat", "narrow", "select"} else None
+        return first if call.name in _MOVES | _PARTS else None
 
     def _combined(self, call: Call, arguments: list[Values | None]) -> Values | None:
         if len(arguments) != 2 or None in arguments or call.kwargs.get("rounding_mode"):
@@ -174,12 +176,16 @@ class MaskFacts:
         rank = _tensor(node).dim()
         unknown = (True,) * rank
         call = call_of(node)
-        if call is None or call.name == "setitem":
+        if call is None:
             return unknown
+        if call.name == "setitem":
+            return self._assigned(call, node, rank)
         if call.name in _CONSTANTS or call.name in _FILLS:
             return (False,) * rank
         if call.name in _POINTWISE:
             return self._any_varying(call, node, rank)
+        if call.name == SHOW:
+            return shown(node, _POINTWISE, {*_CONSTANTS, *_FILLS}, self.varying) or unknown
         source = self._read(call.argument(0, "input", "tensors"), node)
         if call.name == "cat":
             return self._joined(call, node, rank)
@@ -228,9 +234,24 @@ class MaskFacts:
                 result[-i] |= varies
         return tuple(result)
 
+    def _assigned(self, call: Call, node: fx.Node, rank: int) -> tuple[bool, ...]:
+        """A number written to some places: they differ along the dimensions that pick them."""
+        source, index, value = call.args
+        base = self._read(source, node)
+        items = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis in items:
+            at = items.index(Ellipsis)
+            items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
+        items += [slice(None)] * (rank - len(items))
+        plain = all(isinstance(item, (int, slice)) for item in items)
+        if base is None or not plain or not isinstance(value, (bool, int, float)):
+            return (True,) * rank
+        flags = zip(self.varying(base), items, strict=True)
+        return tuple(varies or item != slice(None) for varies, item in flags)
+
     def _joined(self, call: Call, node: fx.Node, rank: int) -> tuple[bool, ...]:
         dim = call.argument(1, "dim", default=0)
-        parts = [self._read(part, node) for part in call.rest(0, "tensors")]
+        parts = [self._read(part, node) for part in call.joined()]
         if not isinstance(dim, int) or None in parts:
             return (True,) * rank
         flags = [self.varying(part) for part in parts if part is not None]

@@ -77,7 +77,7 @@ class MaskAnalysis:
         rows: list[Mask] = []
         for given in site.masks:
             try:
-                parts = list(self._conjuncts(given, site.node))
+                parts = list(self._conjuncts(given, site.node, site.node))
             except UnknownValueError as reason:
                 return f"its mask cannot be read: {reason}"
             for part in parts:
@@ -89,7 +89,7 @@ class MaskAnalysis:
     def _place(self, mask: Mask, keys: list[Mask], rows: list[Mask]) -> str | None:
         """Sort one mask into padding of keys or of rows, or say why it is neither."""
         tensor = example(mask.view.node)
-        values = self.facts.values(mask.view.node)
+        values = self.facts.values(mask.state or mask.view.node)
         if mask.kind == "add":
             if values is None:
                 return _bias_refusal(tensor)
@@ -98,7 +98,7 @@ class MaskAnalysis:
                 return f"its mask adds {sorted(lowest)} to the logits; add -inf to remove a key"
         if values == frozenset((1.0 if mask.kind == "allow" else 0.0,)):
             return None
-        varying = self._varying(mask.view)
+        varying = self._varying(mask.view, mask.state or mask.view.node)
         shape = tuple(sizes(mask.view.example()))
         if varying[_HEAD]:
             return f"its mask {shape} differs between heads; only key-padding masks are supported"
@@ -113,8 +113,18 @@ class MaskAnalysis:
             )
         return None
 
-    def _varying(self, view: View) -> tuple[bool, ...]:
-        flags = list(self.facts.varying(view.node))
+    def _parts(
+        self, mask: Mask, views: list[View], reader: fx.Node, end: fx.Node
+    ) -> list[Mask] | None:
+        """The conjuncts of several views; None if one of them has changed when the op reads it."""
+        masks = [replace(mask, view=view) for view in views]
+        try:
+            return [part for one in masks for part in self._conjuncts(one, reader, end)]
+        except UnknownValueError:
+            return None
+
+    def _varying(self, view: View, state: fx.Node) -> tuple[bool, ...]:
+        flags = list(self.facts.varying(state))
         for method, arguments in view.steps:
             if method == "squeeze":
                 del flags[arguments[0]]
@@ -130,11 +140,19 @@ class MaskAnalysis:
                 flags[dim : dim + 1] = [flags[dim]] * len(parts)
         return tuple(flags)
 
-    def _conjuncts(self, mask: Mask, reader: fx.Node) -> Iterator[Mask]:
-        """`a & b` that allows as `a` and `b`; `a | b` that blocks likewise."""
+    def _conjuncts(self, mask: Mask, reader: fx.Node, end: fx.Node) -> Iterator[Mask]:
+        """`a & b` that allows as `a` and `b`; `a | b` that blocks likewise.
+
+        Args:
+            reader: what reads the mask now.
+            end: what will read the parts instead.
+        """
         node = self.writes.value(mask.view.node, reader)
+        if changes := self.writes.between(node, reader, end):
+            raise UnknownValueError(f"`{changes[0].name}` changes it in place")
         if not is_tensor(node):  # `mask[...] = x` has no result; the tensor holds it
-            raise UnknownValueError(f"`{node.name}` changes parts of it in place")
+            yield replace(mask, state=node)
+            return
         call = call_of(node)
         split = _SPLIT.get(mask.kind, ())
         if call is not None and not call.in_place and example(node).dtype == torch.bool:
@@ -144,10 +162,10 @@ class MaskAnalysis:
                 views = [_broadcast(call.args[0], node, mask.view)]
             else:
                 views = [_peeled(call, mask.view)]
-            if None not in views:
-                for view in views:
-                    if view is not None:
-                        yield from self._conjuncts(replace(mask, view=view), node)
+            known = [view for view in views if view is not None]
+            parts = self._parts(mask, known, node, end)
+            if None not in views and parts is not None:
+                yield from parts
                 return
         if self.writes.between(node, node, reader):
             raise UnknownValueError(f"`{node.name}` is changed in place")

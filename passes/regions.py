@@ -2,12 +2,14 @@
 
 Dynamo traces such a region once and calls the one graph for every block that looks the same to it.
 Policies attached outside of the region, to the blocks, do not show in it: only the calls carry
-them. So calls under different policies get graphs of their own here, before the rewrite.
+them. So calls under different policies get graphs of their own here, before the rewrite, and every
+call gets decisions that name its own modules.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -15,8 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..annotation import policy_keys
 from .fake import is_tensor
+from .site import Decision
 
 _CALL = torch.ops.higher_order.invoke_subgraph
+# Operators whose operands stand at the end of their arguments, where there is room for more.
+OPEN_CALLS = (_CALL, torch.ops.higher_order.tag_activation_checkpoint)
 
 
 def separate(gm: fx.GraphModule) -> None:
@@ -59,11 +64,32 @@ def common_operands(
     ]
 
 
+def closed_region(body: fx.Node) -> str | None:
+    """The operator, if any, that calls a child graph and takes no more operands."""
+    return next((str(call.target) for call in body.users if call.target not in OPEN_CALLS), None)
+
+
+def as_called(decision: Decision, around: tuple[tuple[str, str], ...]) -> Decision:
+    """A decision taken in a shared graph, under the modules `around` one of its calls.
+
+    The graph knows the modules of the call that it was traced for. What is inside of them has the
+    same place in the others, and no identity there that the trace would tell.
+    """
+    traced = decision.modules[: len(around)]
+    if traced == around or len(traced) < len(around):
+        return decision
+    old, new = traced[-1][1], around[-1][1]
+    inside = tuple(("", new + path[len(old) :]) for _, path in decision.modules[len(around) :])
+    modules = (*around, *inside)
+    return replace(decision, modules=modules, module=modules[-1][1])
+
+
 def _redirect(calls: list[fx.Node], name: str, suffix: str) -> None:
     for call in calls:
         body, identifier, *operands = call.args
         with call.graph.inserting_before(call):
             other = call.graph.get_attr(name)
+        other.meta["nn_module_stack"] = call.meta.get("nn_module_stack")
         # The identifier is what later stages take a region for the same by.
         call.args = (other, f"{identifier}{suffix}", *operands)
         if isinstance(body, fx.Node) and not body.users:

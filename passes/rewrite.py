@@ -9,6 +9,7 @@ from torch import fx
 
 from ..policy import Policy
 from .eligibility import refusal
+from .grid import TokenPlan, Tokens
 from .masks import MaskAnalysis
 from .site import AttentionSite, NearMiss
 from .substitute import substitute
@@ -25,12 +26,13 @@ class GraphFacts:
 
     writes: Writes
     masks: MaskAnalysis
+    tokens: Tokens
     gradients: bool | None
 
     @classmethod
     def of(cls, graph: fx.Graph, gradients: bool | None) -> GraphFacts:
         writes = Writes(graph)
-        return cls(writes, MaskAnalysis(writes), gradients)
+        return cls(writes, MaskAnalysis(writes), Tokens(), gradients)
 
 
 class AttentionRewrite(ABC):
@@ -44,6 +46,6 @@ class AttentionRewrite(ABC):
         """Why the site must stay dense, in words for a user, or None."""
         return refusal(site, policy, facts.masks, facts.gradients)
 
-    def rewrite(self, site: AttentionSite, policy: Policy, facts: GraphFacts) -> None:
+    def rewrite(self, site: AttentionSite, plan: TokenPlan, facts: GraphFacts) -> None:
         """Substitute piecewise sparse attention for a site that passed the check."""
-        substitute(site, policy, facts.masks)
+        substitute(site, plan, facts.masks, facts.tokens)

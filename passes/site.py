@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..policy import Policy
+from ..presets import Place, class_names
 from .axes import Step as Step
 from .emit import emit
 from .fake import example
@@ -47,13 +48,15 @@ class Mask:
     """One restriction of who attends whom, a view that broadcasts to [B, H, Tq, Tk].
 
     "allow" is boolean and True where a key takes part, "block" the opposite; "add" is added to the
-    logits, `sign` times and then multiplied by `scale`.
+    logits, `sign` times and then multiplied by `scale`. `state` is the write in place that gave its
+    tensor the value that counts, if one did.
     """
 
     kind: Literal["allow", "block", "add"]
     view: View
     sign: int = 1
     scale: float = 1.0
+    state: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,17 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Attention by all appearance, spelled in a way that cannot be replaced."""
+    """Attention by all appearance, spelled in a way that cannot be replaced.
+
+    `token_first` says that its tensors are [B, T, H, D].
+    """
 
     node: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
     reason: str
+    token_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,11 @@ class Decision:
         query_shape, key_shape, value_shape: sizes; symbolic ones by the size that was traced.
         replaced: whether piecewise sparse attention took its place.
         reason: in words, for a user.
-        policy: the policy in force, every field resolved.
+        policy: the policy in force, every field resolved. Of a site that was replaced, `exact` and
+            `grid` say what was found, by the traced sizes.
+        notes: what else a user should know of a site that was replaced, in words.
+        expected: whether a dense site is so by its policy, or as one that sparsity is not meant
+            for: cross-attention and short sequences.
     """
 
     module: str
@@ -119,6 +130,15 @@ class Decision:
     replaced: bool
     reason: str
     policy: Policy
+    notes: tuple[str, ...] = ()
+    expected: bool = False
+
+
+def place_of(node: fx.Node, heads: int | None) -> Place:
+    """Where `node` was traced, for a preset."""
+    stack = node.meta.get("nn_module_stack") or {}
+    modules = tuple((class_names(cls), _readable(str(path))) for path, cls in stack.values())
+    return Place(modules, heads)
 
 
 def module_stack(node: fx.Node) -> tuple[tuple[str, str], ...]:

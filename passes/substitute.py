@@ -8,20 +8,23 @@ import torch
 from torch import Tensor, fx
 
 from .. import ops as ops  # registers torch.ops.pisa
+from .. import token_order as token_order
 from ..policy import Policy
+from .density_input import MARK, Scheduled
 from .emit import emit
 from .fake import example
+from .grid import TokenPlan, Tokens
 from .masks import MaskAnalysis, Padding
 from .site import AttentionSite
 
 
-def substitute(site: AttentionSite, policy: Policy, masks: MaskAnalysis) -> None:
+def substitute(site: AttentionSite, plan: TokenPlan, masks: MaskAnalysis, tokens: Tokens) -> None:
     """Replace `site.node` and what only led to it; everything else in the graph is left alone."""
     node = site.node
     padding = masks.padding(site)
     assert isinstance(padding, Padding)
     with node.graph.inserting_before(node):
-        out = _result(site, _attention(site, policy, padding))
+        out = _result(site, _attention(site, plan, padding, tokens))
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
     for inner in sorted(site.interior, reverse=True):
@@ -29,7 +32,7 @@ def substitute(site: AttentionSite, policy: Policy, masks: MaskAnalysis) -> None
             inner.graph.erase_node(inner)
 
 
-def _attention(site: AttentionSite, policy: Policy, padding: Padding) -> fx.Node:
+def _attention(site: AttentionSite, plan: TokenPlan, padding: Padding, tokens: Tokens) -> fx.Node:
     node = site.node
     query = site.query.emit(node)
     for operation, factor in site.factors:
@@ -38,12 +41,20 @@ def _attention(site: AttentionSite, policy: Policy, padding: Padding) -> fx.Node
     inputs = [query, site.key.emit(node), site.value.emit(node)]
     # Under autocast the op sees what the attention would have cast its inputs to.
     inputs = [_cast(x, site.dtype, node) for x in inputs]
+    settings = _settings(site, plan.policy)
+    for name, length in zip(("exact_prefix", "exact_suffix"), plan.exact, strict=True):
+        if length != 0:
+            settings[name] = tokens.length(length, node)
+    if plan.order is not None:
+        settings["permutation"] = tokens.order(plan.order, example(inputs[0]).device, node)
     out = emit(
         node,
         torch.ops.pisa.attention.default,
         (*inputs, padding.emit_keys(node)),
-        _settings(site, policy),
+        settings,
     )
+    if plan.policy.varying is not None:
+        out.meta[MARK] = Scheduled(plan.policy.varying, plan.policy.sparsity or 0.0)
     valid_rows = padding.emit_rows(node)
     if valid_rows is not None:
         invalid = emit(node, torch.logical_not, (valid_rows,), {})
@@ -52,17 +63,14 @@ def _attention(site: AttentionSite, policy: Policy, padding: Padding) -> fx.Node
 
 
 def _settings(site: AttentionSite, policy: Policy) -> dict[str, Any]:
-    prefix, suffix = policy.exact or (0, 0)
     settings: dict[str, Any] = {
-        "sparsity": policy.sparsity,
+        "sparsity": policy.nominal_sparsity,
         "block_size": policy.block_size,
         "routing": policy.routing,
         "order": policy.order,
     }
     optional = {
         "scale": site.scale,
-        "exact_prefix": prefix or None,
-        "exact_suffix": suffix or None,
         "enable_gqa": site.enable_gqa or None,
         "impl": policy.impl,
     }

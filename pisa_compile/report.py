@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from .eager import EagerAttention, NotTraced
 from .ops import attention_flops, dense_flops
 from .passes import Decision
 from .policy import Policy
-from .recording import recording
+from .recording import Recording, Tally, recording
+from .steps import current_step
 
 _COLUMNS = ("module", "query", "key", "dtype", "calls", "decision", "FLOPs saved", "why, policy")
 
@@ -26,7 +30,9 @@ class Site:
         module: name of the innermost module, as in `model.named_modules()` where it is known.
         replaced: whether piecewise sparse attention runs there.
         reason: why it was replaced or stays dense, in words.
-        policy: the policy in force, every field resolved.
+        policy: the policy in force, every field resolved; where it is replaced, `exact` and `grid`
+            say what was found.
+        notes: what else there is to know of a replaced site, in words.
         query_shape, key_shape, value_shape: [B, H, T, D] as traced.
         dtype: of the output.
         calls: how often it ran during one call of the model.
@@ -45,19 +51,37 @@ class Site:
     calls: int
     flops: int
     dense_flops: int
+    notes: tuple[str, ...] = ()
 
     @property
     def flops_saved(self) -> float:
         """Share of the site's attention FLOPs that is saved, 0 for a dense site."""
         return 1.0 - self.flops / self.dense_flops if self.dense_flops else 0.0
 
+    @property
+    def why(self) -> str:
+        """What matters of the policy of a replaced site, the reason of another."""
+        if not self.replaced:
+            return self.reason
+        return "; ".join((_policy_text(self.policy), *self.notes))
+
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` found. Prints as a table; `sites` is the same as data."""
+    """What `explain` found. Prints as a table; `sites` and `not_traced` are the same as data.
+
+    Attributes:
+        sites: every attention in the compiled graphs.
+        graphs: how many graphs ran.
+        not_traced: attention that ran outside of them, which nothing can replace; no other number
+            here counts it.
+        notes: what else there is to know of the call, in words.
+    """
 
     sites: tuple[Site, ...]
     graphs: int
+    not_traced: tuple[NotTraced, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> int:
@@ -71,20 +95,25 @@ class Report:
 
     @property
     def summary(self) -> str:
-        return (
+        text = (
             f"{self.replaced} of {len(self.sites)} attention sites replaced in {self.graphs} "
             f"compiled graph{'' if self.graphs == 1 else 's'}; "
             f"{self.flops_saved:.0%} of all attention FLOPs saved"
         )
+        missed = sum(call.calls for call in self.not_traced)
+        if not missed:
+            return text
+        calls = "1 attention call" if missed == 1 else f"{missed} attention calls"
+        return f"{text} in them; {calls} not traced"
 
     def __str__(self) -> str:
         try:
             from rich.console import Console
         except ImportError:
-            return "\n".join([_plain_table(list(self._rows())), self.summary])
+            return "\n".join([_plain_table(list(self._rows())), *self.notes, self.summary])
         text = io.StringIO()
         Console(file=text, width=140).print(self.__rich__())
-        return text.getvalue() + self.summary
+        return text.getvalue() + "\n".join([*self.notes, self.summary])
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -106,12 +135,23 @@ class Report:
                 str(site.calls),
                 "sparse" if site.replaced else "dense",
                 f"{site.flops_saved:.0%}",
-                _policy_text(site.policy) if site.replaced else site.reason,
+                site.why,
+            )
+        for call in self.not_traced:
+            yield (
+                call.module or "(top level)",
+                "x".join(map(str, call.query_shape)),
+                "x".join(map(str, call.key_shape)),
+                "",
+                str(call.calls),
+                "not traced",
+                "",
+                f"{call.reason} ({call.kind})",
             )
 
 
 def explain(model: nn.Module, /, *args: Any, **kwargs: Any) -> Report:
-    """Run a model once and report every attention site in it.
+    """Run a model once and report every attention in it, traced or not.
 
     Args:
         model: a model compiled with `backend="pisa"`, as a whole or in regions, which is reported
@@ -127,15 +167,27 @@ def explain(model: nn.Module, /, *args: Any, **kwargs: Any) -> Report:
     """
     compiled = _is_compiled(model)
     call = model if compiled else torch.compile(model, backend="pisa", options={"inner": "eager"})
-    with recording() as active, torch.no_grad():
+    with recording() as active, torch.no_grad(), _watch(model, active) as eager:
         call(*args, **kwargs)
-    if active.graphs == 0:
+    not_traced = eager.found() if eager is not None else ()
+    if active.graphs == 0 and (compiled or not not_traced):
         raise RuntimeError(
             "no graph compiled with backend='pisa' ran; "
             + ("the model is compiled with another backend" if compiled else "nothing was traced")
         )
     names = {str(id(module)): name for name, module in model.named_modules()}
-    return Report(sites=_sites(active.decisions, names), graphs=active.graphs)
+    return Report(
+        sites=_sites(active.decisions, names),
+        graphs=active.graphs,
+        not_traced=not_traced,
+        notes=tuple(active.notes),
+    )
+
+
+def _watch(model: nn.Module, active: Recording) -> AbstractContextManager[EagerAttention | None]:
+    if not hasattr(EagerAttention.__base__, "ignore_compile_internals"):
+        return nullcontext()  # with this torch, Dynamo would not compile under a mode
+    return EagerAttention(model, watching=lambda: not active.inside)
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -143,6 +195,20 @@ def _is_compiled(model: nn.Module) -> bool:
         isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
         for module in model.modules()
     )
+
+
+def report_of(counted: Tally) -> Report:
+    """What the graphs of a whole program did; modules are named as they were traced.
+
+    `graphs` counts those that ran, and `calls` their runs.
+    """
+    ran = [pair for pair in zip(counted.graphs, counted.calls, strict=True) if pair[1]]
+    sites: list[Site] = []
+    for graph, calls in ran:
+        times = Counter(map(id, graph))  # a part of a graph may run several times within it
+        unique = {id(decision): decision for decision in graph}
+        sites += [_site(x, calls * times[key], {}) for key, x in unique.items()]
+    return Report(sites=tuple(sites), graphs=len(ran))
 
 
 def _sites(decisions: list[Decision], names: dict[str, str]) -> tuple[Site, ...]:
@@ -160,13 +226,15 @@ def _site(decision: Decision, calls: int, names: dict[str, str]) -> Site:
     query, key, value = (s if len(s) == 4 else (s[0], 1, *s[1:]) for s in shapes)
     dense = flops = calls * dense_flops(query, key, value)
     if decision.replaced:
-        flops = calls * attention_flops(query, key, value, decision.policy.params(scale=1.0))
+        sparsity = decision.policy.sparsity_at(current_step())
+        params = replace(decision.policy.params(scale=1.0), sparsity=sparsity)
+        flops = calls * attention_flops(query, key, value, params)
     module = decision.module
     if decision.modules:
         identity, _ = decision.modules[-1]
         module = names.get(identity, module)
     return Site(
-        module=module.removeprefix("_orig_mod."),
+        module=module.removeprefix("__dict__._modules.").removeprefix("_orig_mod."),
         replaced=decision.replaced,
         reason=decision.reason,
         policy=decision.policy,
@@ -177,16 +245,21 @@ def _site(decision: Decision, calls: int, names: dict[str, str]) -> Site:
         calls=calls,
         flops=flops,
         dense_flops=dense,
+        notes=decision.notes,
     )
 
 
 def _policy_text(policy: Policy) -> str:
     """The fields that matter to a reader: sparsity, and what is not at its default."""
     parts = [f"sparsity {policy.sparsity:g}", f"{policy.routing} + {policy.order}"]
+    if policy.varying is not None:
+        parts.insert(1, str(policy.varying))
     if policy.block_size != 64:
         parts.append(f"block {policy.block_size}")
     if policy.exact != (0, 0):
         parts.append(f"exact {policy.exact}")
+    if isinstance(policy.grid, tuple):
+        parts.append(f"{'x'.join(map(str, policy.grid))} {policy.curve}")
     if policy.impl is not None:
         parts.append(policy.impl)
     return ", ".join(parts)

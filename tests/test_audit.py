@@ -55,7 +55,9 @@ def test_coverage_names_what_a_graph_break_loses() -> None:
     model.blocks[1].attn.forward = torch.compiler.disable(model.blocks[1].attn.forward)
     x = tokens(64)
     _, calls = record_eager(model, {"x": x})
-    coverage = Coverage.of(calls, pisa.explain(model, x))
+    report = pisa.explain(model, x)
+    coverage = Coverage.of(calls, report)
+    assert [call.module for call in report.not_traced] == ["blocks.1.attn"]  # counted otherwise
     assert (coverage.eager, coverage.found) == (2, 1)
     assert dict(coverage.lost) == {"blocks.1.attn": 1}
     assert not coverage.unexplained

@@ -28,7 +28,7 @@ EXPECTED = {
 # Inductor's own arithmetic is checked on two of them; for the others it would only cost time.
 WITH_INDUCTOR = {"FluxTransformer2DModel", "DiTTransformer2DModel"}
 
-OPTIONS = {"min_tokens": 0, "block_size": 16}
+OPTIONS = {"min_tokens": 0, "block_size": 16, "preset": None}
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ DENSE = {
 }
 # Calls that no graph contains, because Dynamo itself runs their frames in eager mode.
 LOST = {"MochiTransformer3DModel": 2}
+CAPTURE = "set torch._dynamo.config.capture_dynamic_output_shape_ops = True"
 
 
 def cases() -> list[object]:
@@ -73,6 +74,7 @@ def test_attention_is_found_decided_on_and_unchanged(name: str) -> None:
         pytest.skip(str(error))
     assert_sound(row)
     assert sum(row.lost.values()) == LOST.get(name, 0), row.lost
+    assert all(CAPTURE in advice for advice in row.advice)
     allowed = ("cross-attention", DENSE.get(name.partition(", batch")[0], "cross-attention"))
     for reason in row.kept:
         assert any(text in reason for text in allowed), reason
@@ -100,6 +102,7 @@ def test_every_transformer_class_of_diffusers_has_a_case() -> None:
 
 def assert_sound(row: Row) -> None:
     assert row.found + sum(row.lost.values()) == row.eager
+    assert row.not_traced == row.lost  # what a user is told, against the count in eager mode
     assert row.added_graph_breaks == 0
     assert row.difference <= row.tolerance * max(1.0, row.scale)
     if row.replaced:

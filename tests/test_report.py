@@ -92,3 +92,93 @@ def test_repeated_reports_are_equal_and_do_not_recompile() -> None:
 def test_model_compiled_with_another_backend_is_refused() -> None:
     with pytest.raises(RuntimeError, match="compiled with another backend"):
         pisa.explain(torch.compile(tiny(), backend="eager"), tokens())
+
+
+class Untraced(nn.Module):
+    """Attention of every kind in code that Dynamo is kept out of, after a model that it traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traced = tiny(1)
+        self.block = tiny(1).blocks[0]
+        self.mha = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        self.block.attn.forward = torch.compiler.disable(self.block.attn.forward)
+
+    @torch.compiler.disable
+    def apart(self, x: Tensor) -> Tensor:
+        x = self.layer(self.mha(x, x, x, need_weights=False)[0])
+        weights = F.dropout((x @ x.mT).softmax(-1).to(torch.float32), 0.0)
+        softmax_of_logits = x[0].softmax(-1) @ x[0].mT  # of two dimensions: not attention
+        return weights @ x + softmax_of_logits.sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apart(self.block(self.traced(x)))
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_attention_outside_of_every_graph_is_counted_and_named(inner: str) -> None:
+    model, x = Untraced().eval(), tokens(64)
+    options = {"min_tokens": 0, "inner": inner}
+    compiled = torch.compile(model, backend="pisa", options=options)
+    with torch.no_grad():
+        compiled(x)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    report = pisa.explain(compiled, x)
+    (site,) = report.sites
+    assert (site.module, site.replaced) == ("traced.blocks.0.attn", True)
+    assert [(call.module, call.kind, call.calls) for call in report.not_traced] == [
+        ("block.attn", "scaled_dot_product_attention", 1),
+        ("mha", "_native_multi_head_attention", 1),
+        ("layer", "_transformer_encoder_layer_fwd", 1),
+        ("", "softmax and product", 1),
+    ]
+    assert report.not_traced[0].query_shape == (1, 2, 64, 16)
+    assert "TORCH_LOGS=graph_breaks" in report.not_traced[0].reason
+    assert report.summary.endswith("in them; 4 attention calls not traced")
+    text = str(report)
+    assert "not traced" in text
+    assert "block.attn" in text
+    # Watching costs nothing and leaves nothing behind.
+    assert pisa.explain(compiled, x) == report
+    with torch.no_grad():
+        compiled(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_calls_outside_of_graphs_are_added_up_by_place() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = tiny(1).blocks[0]
+            self.block.attn.forward = torch.compiler.disable(self.block.attn.forward)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.block(x)
+            return x
+
+    report = pisa.explain(Loop(), tokens(64))
+    assert [(call.module, call.calls) for call in report.not_traced] == [("block.attn", 3)]
+    assert report.summary.endswith("3 attention calls not traced")
+
+
+class KeptTokens(nn.Module):
+    """As in Mochi: the tokens of a mask are picked in a loop, which Dynamo breaks at."""
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        out = []
+        for tokens_, mask in zip(x, kept, strict=True):
+            q = tokens_[torch.nonzero(mask).flatten()][None, None]
+            out.append(F.scaled_dot_product_attention(q, q, q)[0, 0].sum())
+        return torch.stack(out)
+
+
+def test_setting_that_would_help_is_named() -> None:
+    x, kept = tokens(64, batch=2), torch.rand(2, 64) > 0.5
+    report = pisa.explain(KeptTokens(), x, kept)
+    assert report.sites == ()
+    assert sum(call.calls for call in report.not_traced) == 2
+    reason = report.not_traced[0].reason
+    assert "set torch._dynamo.config.capture_dynamic_output_shape_ops = True" in reason
+    assert "fullgraph=True" in reason

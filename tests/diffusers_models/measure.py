@@ -18,7 +18,8 @@ import pisa_compile as pisa
 from .audit import Coverage, EagerCall, record_eager
 from .case import Case, outputs
 
-OPTIONS = {"min_tokens": 0, "block_size": 16}
+# Without presets, which keep some layers of known models dense: here all sites are to be found.
+OPTIONS = {"min_tokens": 0, "block_size": 16, "preset": None}
 
 
 class UntraceableError(RuntimeError):
@@ -35,6 +36,8 @@ class Row:
         replaced: sites that became sparse.
         kept: number of sites that stay dense, by reason.
         lost: calls in eager mode that no site stands for, by module.
+        not_traced: what `explain` says of such calls, by module.
+        advice: what it says to do about them.
         graph_breaks: of the pisa backend.
         added_graph_breaks: against `backend="eager"`.
         break_reasons: the first line of each break's explanation.
@@ -50,6 +53,8 @@ class Row:
     replaced: int
     kept: dict[str, int]
     lost: dict[str, int]
+    not_traced: dict[str, int]
+    advice: list[str]
     graph_breaks: int
     added_graph_breaks: int
     break_reasons: list[str]
@@ -118,12 +123,17 @@ def _counts(calls: list[EagerCall], report: pisa.Report) -> dict[str, Any]:
     for site in report.sites:
         if not site.replaced:
             kept[_without_sizes(site.reason)] += site.calls
+    not_traced: Counter[str] = Counter()
+    for call in report.not_traced:
+        not_traced[call.module] += call.calls
     return {
         "eager": coverage.eager,
         "found": coverage.found,
         "replaced": sum(site.calls for site in report.sites if site.replaced),
         "kept": dict(kept),
         "lost": dict(coverage.lost),
+        "not_traced": dict(not_traced),
+        "advice": list(dict.fromkeys(call.reason for call in report.not_traced)),
     }
 
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .tracing import check_metadata, rewrite
 
+# `.T` beyond two dimensions is to be recognised all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors:UserWarning")
+
 B, H, T, D = 2, 3, 20, 8
 softmax = nn.Softmax(dim=-1)
 inactive = nn.Dropout(0.0)
@@ -179,6 +182,13 @@ def key_permuted(q, k, v):
 
 
 @spelling()
+def key_reversed_in_three_dimensions(q, k, v):
+    """`.T` turns [H, T, D] into [D, T, H]."""
+    weights = torch.einsum("htd,dsh->hts", q[0], k[0].T).softmax(-1)
+    return weights @ v[0]
+
+
+@spelling()
 def key_transposed_before_it_is_named(q, k, v):
     transposed = k.permute(0, 1, 3, 2).contiguous()
     return torch.softmax(torch.matmul(q, transposed), -1) @ v
@@ -304,6 +314,33 @@ def softmax_written_out_with_values_of_the_maximum(q, k, v):
 def maximum_subtracted_before_softmax(q, k, v):
     scores = q @ k.mT * 0.5
     return (scores - torch.amax(scores, dim=-1, keepdim=True)).softmax(-1) @ v
+
+
+@spelling(0.5)
+def softmax_written_out_with_a_new_dimension(q, k, v):
+    weights = torch.exp(q @ k.mT * 0.5)
+    return (weights / weights.sum(dim=-1)[..., None]) @ v
+
+
+@spelling(0.5)
+def product_normalised_afterwards(q, k, v):
+    weights = torch.exp(q @ k.mT * 0.5)
+    return (weights @ v) / weights.sum(dim=-1, keepdim=True)
+
+
+@spelling(0.5)
+def product_normalised_afterwards_by_einsum(q, k, v):
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) * 0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.einsum("bhts,bhsd->bhtd", weights, v) / weights.sum(-1).unsqueeze(-1)
+
+
+@spelling(0.5)
+def product_normalised_in_place(q, k, v):
+    weights = (q @ k.mT * 0.5).masked_fill(~keys()[:, None, None], -math.inf).exp()
+    out = weights @ v
+    out /= weights.sum(-1, keepdim=True)
+    return out
 
 
 @spelling(0.5)
@@ -446,6 +483,31 @@ def softmax_over_queries(q, k, v):
 @near_miss("over a batch dimension")
 def softmax_over_heads(q, k, v):
     return (q @ k.mT).softmax(1) @ v
+
+
+@near_miss("has another layout")
+def product_normalised_over_queries(q, k, v):
+    weights = (q @ k.mT).exp()
+    return (weights @ wide(v)) / weights.sum(dim=-2, keepdim=True)
+
+
+@near_miss("has another layout")
+def product_normalised_across_channels(q, k, v):
+    """The sums of the queries on the channels of a result that has them in columns."""
+    weights = (q @ k.mT).exp()
+    return (wide(v).mT @ weights.mT) / weights.sum(-1, keepdim=True)
+
+
+def wide(v: Tensor) -> Tensor:
+    """As many channels as tokens."""
+    return torch.cat([v, v, v], -1)[..., :T]
+
+
+@near_miss("attention weights are also returned or used by")
+def product_used_before_it_is_normalised(q, k, v):
+    weights = (q @ k.mT).exp()
+    out = weights @ v
+    return out / weights.sum(-1, keepdim=True), out
 
 
 @near_miss("between its softmax and the product with the values")

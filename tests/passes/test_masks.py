@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from .tracing import rewrite
+from pisa_compile.passes import rewrite_attention
+
+from .tracing import SPARSITY_ZERO, rewrite
 
 B, H, T, D = 2, 3, 20, 8
 
@@ -35,6 +38,22 @@ def in_place(valid: Tensor) -> Tensor:
     return bias
 
 
+def written(mask: Tensor, value: float = True) -> Tensor:
+    """Some keys allowed (or forbidden) for all queries."""
+    if mask.dim() == 2:
+        mask = mask.clone()
+        mask[:, 4:7] = value
+    else:
+        mask[:, :, :, 0] = value
+    return mask
+
+
+def behind(mask: Tensor) -> Tensor:
+    mask[..., 2:4] = False
+    mask[..., -1] = True
+    return mask
+
+
 KEY_PADDING: dict[str, Make] = {
     "B11T": lambda m: m[:, None, None],
     "B11T_by_view": lambda m: m.view(B, 1, 1, T),
@@ -56,6 +75,13 @@ KEY_PADDING: dict[str, Make] = {
         :, None, None
     ],
     "lengths": lambda m: (torch.arange(T) < m.sum(1)[:, None])[:, None, None],
+    "two_masks_multiplied": lambda m: (m * (torch.arange(T) < 15))[:, None, None],
+    "sizes_as_tuples": lambda m: m.view((B, 1, 1, T)).expand((B, 1, T, T)).repeat((1, 1, 1, 1)),
+    "written_in_place": lambda m: written(m)[:, None, None],
+    "written_twice": lambda m: written(written(m, True), False)[:, None, None],
+    "written_for_all_rows": lambda m: written(m[:, None, None].expand(-1, 1, T, -1).clone()),
+    "written_behind_an_ellipsis": lambda m: behind(m[:, None, None].repeat(1, 1, T, 1)),
+    "added_and_written": lambda m: written(negative(m), -math.inf)[:, None, None],
     "two_masks": lambda m: m[:, None, None] & (torch.arange(T) < 15),
     "added": lambda m: negative(m)[:, None, None],
     "added_in_place": in_place,
@@ -99,8 +125,13 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "same_segment": (lambda m: (m[:, :, None] == m[:, None])[:, None], "varies over queries"),
     "outer_product_by_or": (lambda m: m[:, None, None] | m[:, None, :, None], "varies over"),
-    "expanded_then_overwritten": (
-        lambda m: _overwritten(m),
+    "outer_product_then_overwritten": (lambda m: _overwritten(m), "varies over queries"),
+    "some_rows_overwritten": (
+        lambda m: _some_rows(m[:, None, None].repeat(1, 1, T, 1)),
+        "varies over queries",
+    ),
+    "one_row_through_a_view": (
+        lambda m: _through_a_view(m[:, None, None].repeat(1, 1, T, 1)),
         "cannot be read",
     ),
     "per_head": (lambda m: torch.rand(H, 1, T) > -1, "differs between heads"),
@@ -121,6 +152,16 @@ def _overwritten(m: Tensor) -> Tensor:
     """As HunyuanVideo's token refiner builds it."""
     mask = outer(m)
     mask[:, :, :, 0] = True
+    return mask
+
+
+def _some_rows(mask: Tensor) -> Tensor:
+    mask[:, :, 3:, 0] = True
+    return mask
+
+
+def _through_a_view(mask: Tensor) -> Tensor:
+    mask[:, :, 3].fill_(True)
     return mask
 
 
@@ -179,6 +220,50 @@ def test_other_masks_keep_the_site_dense(name: str) -> None:
     result = rewrite(attend(make), *inputs())
     assert result.ops == []
     assert reason in result.decisions[0].reason
+
+
+@pytest.mark.parametrize("pre_dispatch", [True, False], ids=["pre_dispatch", "decomposed"])
+def test_masks_written_in_place_in_graphs_of_operators(pre_dispatch: bool) -> None:
+    """There a write is an operator of its own, and `setitem` nodes of Dynamo have no value."""
+    q, k, v, valid = inputs()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        scores = q @ k.mT
+        scores = scores.masked_fill(~written(written(m, False))[:, None, None], -math.inf)
+        return scores.softmax(-1) @ v
+
+    gm = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="fake")(q, k, v, valid)
+    (decision,) = rewrite_attention(gm, SPARSITY_ZERO)
+    expected = function(q, k, v, valid)
+    torch.testing.assert_close(gm(q, k, v, valid), expected, rtol=1e-5, atol=1e-5)
+    assert decision.replaced or "in place" in decision.reason
+
+
+def test_part_of_a_mask_that_changes_later_is_not_read_late() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        some, other = ~m, torch.arange(T) < 15
+        mask = (some & other)[:, None, None]
+        some[:, :9] = False
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out + some[:, None, :, None]
+
+    result = rewrite(function, *inputs())
+    assert len(result.ops) == 1
+    assert result.error < 1e-5
+
+
+def test_scores_masked_by_a_chain_of_writes() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        scores = torch.einsum("bhqc,bhkc->bqkh", q, k)
+        blocked = ~m
+        blocked[:, 0] = False
+        blocked[:, 1:3] = True
+        scores = scores.masked_fill(blocked[:, None, :, None], -math.inf)
+        return torch.einsum("bqkh,bhkc->bhqc", scores.softmax(2), v)
+
+    result = rewrite(function, *inputs())
+    assert len(result.ops) == 1
+    assert result.error < 1e-5
 
 
 def test_mask_of_merged_batch_and_heads() -> None:

@@ -68,6 +68,19 @@ def test_every_block_keeps_its_own_policy(inside: str) -> None:
     assert outcome(rewrite(model, tokens())) == [0.5, 0.25, None]
 
 
+@pytest.mark.parametrize("policies", [False, True], ids=["one_graph", "graphs_apart"])
+def test_every_call_is_reported_under_its_own_modules(policies: bool) -> None:
+    model = Model().eval()
+    if policies:
+        pisa.set_policy(model, {"blocks.1": POLICIES[0], "blocks.2": POLICIES[1]})
+    result = rewrite(model, tokens())
+    names = [f"blocks.{i}.attn" for i in range(3)]
+    assert [decision.module for decision in result.decisions] == names
+    options = {"inner": "eager", "min_tokens": 0}
+    sites = pisa.explain(torch.compile(model, backend="pisa", options=options), tokens()).sites
+    assert [(site.module, site.calls) for site in sites] == [(name, 1) for name in names]
+
+
 def test_equal_policies_still_share() -> None:
     model = Model(4).eval()
     pisa.set_policy(model, {"blocks.*": POLICIES[0], "blocks.3": POLICIES[1]})

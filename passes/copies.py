@@ -1,0 +1,38 @@
+"""A second copy of a Dynamo graph, to be rewritten in another way."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+
+def copied(gm: fx.GraphModule, done: dict[int, fx.GraphModule] | None = None) -> fx.GraphModule:
+    """A graph with nodes of its own, and so are the graphs inside; tensors are shared.
+
+    Not `copy.deepcopy`, which would copy parameters that the graph holds, and lose what Dynamo has
+    put on graph and inputs for later stages.
+    """
+    done = {} if done is None else done
+    if id(gm) in done:
+        return done[id(gm)]
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, nodes, return_output_node=True)
+    assert isinstance(output, tuple)
+    result, output_node = output
+    graph.output(result).meta.update(output_node.meta)
+    for old, new in nodes.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+        if new.target is torch.ops.higher_order.invoke_subgraph:
+            # By the identifier later stages take the bodies of two calls for the same.
+            new.args = (new.args[0], f"{new.args[1]}_copy", *new.args[2:])
+    copy = done[id(gm)] = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    copy.shape_env = gm.shape_env
+    for name, value in vars(gm).items():
+        vars(copy).setdefault(name, value)
+    for name, child in list(copy.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(copy, name, copied(child, done))
+    return copy
