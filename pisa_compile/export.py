@@ -11,6 +11,7 @@ from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
 from .passes import rewrite_attention
 from .policy import Policy
+from .presets import Presets
 
 
 def rewrite(program: ExportedProgram, policy: Policy | None = None) -> ExportedProgram:
@@ -37,7 +38,7 @@ def rewrite(program: ExportedProgram, policy: Policy | None = None) -> ExportedP
             "modules are compiled with torch.compile(model, backend='pisa')"
         )
     gm = copy.deepcopy(program.graph_module)
-    rewrite_attention(gm, policy or Policy(), inference=True)
+    rewrite_attention(gm, policy or Policy(), inference=True, presets=Presets())
     rewritten = ExportedProgram(
         root=gm,
         graph=gm.graph,

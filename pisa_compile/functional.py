@@ -62,7 +62,7 @@ def attention(
     scale: float | None = None,
     block_size: int = 64,
     routing: str = "topk",
-    order: str = "hybrid",
+    order: str = "corrected",
     attn_mask: Tensor | None = None,
     exact: tuple[int, int] = (0, 0),
     density: Tensor | None = None,
@@ -91,7 +91,7 @@ def attention(
             beta chosen for the asked density.
         order: how the other blocks are approximated. "none": dropped; "zeroth": by their means;
             "hybrid": means plus one first-order matrix for all of them (the paper's method);
-            "corrected": hybrid with each block's mass corrected for the scatter of its keys;
+            "corrected": hybrid, each block's mass corrected for the scatter of its keys;
             "blockwise": a first-order matrix each (slow).
         attn_mask: boolean key-padding mask, True where a key takes part, that broadcasts to
             [B, 1, 1, Tk]. Rows without any valid key give zeros.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import validation
+from . import observation, validation
 from .kernels import dispatch
 from .kernels.params import AttentionParams, block_count, exact_block_count, free_blocks
 
@@ -22,7 +22,7 @@ from .kernels.params import AttentionParams, block_count, exact_block_count, fre
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? density=None, "
     "Tensor? permutation=None, *, float? scale=None, float sparsity, int block_size=64, "
-    "str routing='topk', str order='hybrid', SymInt exact_prefix=0, SymInt exact_suffix=0, "
+    "str routing='topk', str order='corrected', SymInt exact_prefix=0, SymInt exact_suffix=0, "
     "bool enable_gqa=False, str? impl=None"
 )
 
@@ -53,9 +53,26 @@ def _attention_with_lse(
         while attn_mask.dim() < 4:
             attn_mask = attn_mask[None]
         key_mask = attn_mask[:, 0, 0].expand(key.shape[0], key.shape[2])
-    return dispatch.attention(
+    watched = observation.active()
+    if watched:
+        site = observation.next_site()
+        density = observation.density_for(site, params, density)
+    out, lse = dispatch.attention(
         query, key, value, key_mask, params, impl, density=density, permutation=permutation
     )
+    if watched:
+        observation.notify(
+            site=site,
+            query=query,
+            key=key,
+            value=value,
+            key_mask=key_mask,
+            params=params,
+            density=density,
+            permutation=permutation,
+            out=out,
+        )
+    return out, lse
 
 
 def _params(
@@ -65,7 +82,7 @@ def _params(
     scale: float | None = None,
     block_size: int = 64,
     routing: str = "topk",
-    order: str = "hybrid",
+    order: str = "corrected",
     exact_prefix: int = 0,
     exact_suffix: int = 0,
 ) -> AttentionParams:
@@ -126,7 +143,8 @@ def attention_flops(
     params: AttentionParams,
 ) -> int:
     """FLOPs of the op's matrix products, 2 per multiply-add: routing scores, exact blocks,
-    centroids, and the first-order matrix with its product. `threshold` counts its expected density,
+    centroids, the first-order matrix with its product, and the variances of "corrected" with the
+    mean squares. `threshold` counts its expected density,
     and a density that is data counts as `params.density`.
     """
     batch, heads, query_len, head_dim = query_shape
@@ -149,6 +167,8 @@ def attention_flops(
     )
     if params.order != "none":
         per_head += 2 * sparse_rows * (blocks - exact) * (head_dim + value_dim)
+    if params.order == "corrected":
+        per_head += 2 * blocks * head_dim
     if params.first_order:
         per_head += 2 * (key_len + sparse_rows) * head_dim * value_dim
     elif params.order == "blockwise":

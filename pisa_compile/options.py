@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .policy import POLICY_FIELDS, Policy
+from .policy_file import load_policy
+from .presets import check_preset
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 
@@ -17,11 +21,17 @@ class CompileOptions:
 
     Attributes:
         policy: the policy for every site that no decorator or `set_policy` covers.
+        named: policies by module name or pattern, from the option "policy".
+        preset: "auto", None, or the name of a model class; see `presets`.
+        strict: whether attention that stays dense for no choice of the user's is an error.
         inner: what compiles the rewritten graph, one of `INNER_COMPILERS`.
         inductor: Inductor configuration, the presets of `mode` included.
     """
 
     policy: Policy
+    named: dict[str, Policy]
+    preset: str | None
+    strict: bool
     inner: str
     inductor: dict[str, Any]
 
@@ -35,6 +45,12 @@ def parse(mode: str | None, options: dict[str, Any] | None) -> CompileOptions:
     """
     remaining = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     policy = Policy(**{name: remaining.pop(name) for name in POLICY_FIELDS if name in remaining})
+    named = _named(remaining.pop("policy", None))
+    preset = remaining.pop("preset", "auto")
+    check_preset(preset)
+    strict = remaining.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise TypeError(f"option 'strict' must be a bool, got {strict!r}")
     inner = remaining.pop("inner", "inductor")
     if inner not in INNER_COMPILERS:
         raise ValueError(f"option 'inner' must be one of {INNER_COMPILERS}, got {inner!r}")
@@ -47,7 +63,20 @@ def parse(mode: str | None, options: dict[str, Any] | None) -> CompileOptions:
             f"mode and Inductor options need inner='inductor', got inner={inner!r} "
             f"with {sorted(inductor)}"
         )
-    return CompileOptions(policy, inner, inductor)
+    return CompileOptions(policy, named, preset, strict, inner, inductor)
+
+
+def _named(value: Any) -> dict[str, Policy]:
+    if value is None:
+        return {}
+    if isinstance(value, (str, os.PathLike)):
+        return load_policy(value)
+    if isinstance(value, Mapping) and all(isinstance(v, Policy) for v in value.values()):
+        return dict(value)
+    raise TypeError(
+        "option 'policy' must be the path of a policy file, or a dict from module names to "
+        f"pisa.Policy, got {value!r}"
+    )
 
 
 def _mode_settings(mode: str | None) -> dict[str, Any]:
@@ -66,7 +95,7 @@ def _check_inductor_option(name: str, value: Any) -> None:
 
     known = config.get_config_copy()
     if name not in known:
-        ours = [*POLICY_FIELDS, "inner"]
+        ours = [*POLICY_FIELDS, "policy", "preset", "strict", "inner"]
         close = difflib.get_close_matches(name, [*ours, *known], n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,9 @@ from torch import nn
 
 from . import validation
 from .annotation import Annotation, Origin, call_annotated, encode
+from .kernels.dispatch import UnsupportedError
 from .kernels.params import AttentionParams
+from .schedule import Schedule, Step
 
 _Target = TypeVar("_Target")
 _KEY = "_pisa_policy"
@@ -31,15 +33,22 @@ class Policy:
     """How attention inside a module is approximated. A field left at None is inherited.
 
     Attributes:
-        sparsity: fraction of key blocks that is approximated, in [0, 1). Default 0.85.
+        sparsity: fraction of key blocks that is approximated, in [0, 1). Default 0.7, or
+            that of the model's preset (docs/presets.md).
         block_size: tokens per block: 16, 32, 64 or 128. Default 64.
         routing: "topk", "topk_covariance" or "threshold". Default "topk".
-        order: "none", "zeroth", "hybrid" or "blockwise". Default "hybrid".
-        exact: `(prefix, suffix)` tokens that stay exact, for text in a joint sequence. Default
-            `(0, 0)`.
+        order: "none", "zeroth", "hybrid", "corrected" or "blockwise". Default "corrected".
+        exact: tokens of a joint sequence that stay exact, for text: `(prefix, suffix)`, or "auto"
+            for those that the graph joins with the image. Default "auto".
+        grid: the picture or video that the other tokens show, row by row: `(t, h, w)`, `(h, w)`, or
+            "auto" for what graph and model tell. Default "auto".
+        curve: "hilbert" or "tile" cuts those tokens into blocks along a curve through the grid,
+            "raster" leaves them as they are. Default "hilbert".
         min_tokens: sequences shorter than this stay dense. By default 4,096 on a GPU and 2,048 on
             a CPU.
         impl: "reference", "cpu" or "triton". Default: by device.
+        schedule: a `Schedule`: sparsity by denoising step and head. Where an inner policy gives a
+            `sparsity` alone, only the dense steps of an outer schedule hold.
         enabled: False keeps every attention inside the module dense; see `DENSE`. Not inherited:
             a policy on an inner module switches it on again.
 
@@ -51,20 +60,27 @@ class Policy:
     block_size: int | None = None
     routing: str | None = None
     order: str | None = None
-    exact: tuple[int, int] | None = None
+    exact: tuple[int, int] | str | None = None
+    grid: tuple[int, ...] | str | None = None
+    curve: str | None = None
     min_tokens: int | None = None
     impl: str | None = None
+    schedule: Schedule | None = None
     enabled: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
             raise TypeError(f"enabled must be a bool, got {self.enabled!r}")
-        if self.exact is not None:
-            validation.check_exact(self.exact)
-            object.__setattr__(self, "exact", tuple(self.exact))
         for name, check in _FIELD_CHECKS.items():
             if getattr(self, name) is not None:
                 check(getattr(self, name))
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", Schedule.of(self.schedule))
+        for name in ("exact", "grid"):  # lists, as a policy in text form has them
+            if isinstance(getattr(self, name), Sequence) and not isinstance(
+                getattr(self, name), str
+            ):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def over(self, outer: Policy) -> Policy:
         """This policy with the fields it leaves open taken from `outer`."""
@@ -73,7 +89,50 @@ class Policy:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) is None
         }
+        if fields.get("schedule") is not None and self.sparsity is not None:
+            fields["schedule"] = fields["schedule"].dense_steps_alone
         return dataclasses.replace(self, **fields)
+
+    @property
+    def varying(self) -> Schedule | None:
+        """The schedule of a resolved policy, if it is more than one number."""
+        if self.schedule is None or not self.schedule.varies(self.sparsity or 0.0):
+            return None
+        return self.schedule
+
+    def sparsity_at(self, step: Step | None) -> float:
+        """The sparsity of a resolved policy at a denoising step, mean over heads."""
+        sparsity = self.sparsity or 0.0
+        if self.schedule is None:
+            return sparsity
+        densities = self.schedule.densities(step, sparsity)
+        return round(1.0 - sum(densities) / len(densities), 9)
+
+    @property
+    def steady_sparsity(self) -> float:
+        """The sparsity of a resolved policy where no denoising step is known, mean over heads."""
+        return self.sparsity_at(None)
+
+    @property
+    def nominal_sparsity(self) -> float:
+        """The one number that stands for a resolved policy: the mean over the steps of its
+        schedule, those left out that are dense for another reason than their number."""
+        if self.schedule is None:
+            return self.sparsity or 0.0
+        steps_alone = dataclasses.replace(self.schedule, without_steps=None)
+        return dataclasses.replace(self, schedule=steps_alone).steady_sparsity
+
+    def without_schedule(self) -> Policy:
+        """A resolved policy for where no step is ever known.
+
+        Raises:
+            UnsupportedError: the schedule tells heads apart.
+        """
+        if self.schedule is not None and self.schedule.heads is not None:
+            raise UnsupportedError(
+                "a sparsity per head needs a compiled model; an exported program has one per site"
+            )
+        return dataclasses.replace(self, sparsity=self.steady_sparsity, schedule=None)
 
     def params(self, scale: float) -> AttentionParams:
         """The settings of a call. Only a resolved policy, with no field open, has them."""
@@ -87,11 +146,11 @@ class Policy:
             raise ValueError(f"the policy leaves fields open: {self!r}")
         return AttentionParams(
             scale=scale,
-            sparsity=self.sparsity,
+            sparsity=self.nominal_sparsity,
             block_size=self.block_size,
             routing=self.routing,
             order=self.order,
-            exact=self.exact,
+            exact=(0, 0) if isinstance(self.exact, str) else self.exact,
         )
 
     def __str__(self) -> str:
@@ -115,6 +174,9 @@ _FIELD_CHECKS: dict[str, Callable[[Any], None]] = {
     "block_size": validation.check_block_size,
     "routing": validation.check_routing,
     "order": validation.check_order,
+    "exact": validation.check_policy_exact,
+    "grid": validation.check_grid,
+    "curve": validation.check_curve,
     "min_tokens": functools.partial(validation.check_count, "min_tokens"),
     "impl": validation.check_impl,
 }
@@ -122,7 +184,16 @@ _FIELD_CHECKS: dict[str, Callable[[Any], None]] = {
 DENSE = Policy(enabled=False)
 """Keeps every attention inside a module dense."""
 
-DEFAULT = Policy(sparsity=0.85, block_size=64, routing="topk", order="hybrid", exact=(0, 0))
+# The sparsity is for models that nobody has published settings for: see docs/presets.md.
+DEFAULT = Policy(
+    sparsity=0.7,
+    block_size=64,
+    routing="topk",
+    order="corrected",
+    exact="auto",
+    grid="auto",
+    curve="hilbert",
+)
 
 DEFAULT_MIN_TOKENS = {"cpu": 2048}
 DEFAULT_MIN_TOKENS_GPU = 4096
@@ -130,15 +201,32 @@ DEFAULT_MIN_TOKENS_GPU = 4096
 POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(Policy))
 
 
-def resolve(annotations: list[Annotation], options: Policy) -> Policy:
-    """The policy of a site from the annotations around it (outermost first) and the options."""
-    policies = [options.over(DEFAULT)]
+def resolve(annotations: list[Annotation], options: Policy, preset: Policy | None = None) -> Policy:
+    """The policy of a site from the annotations around it (outermost first), the options and what
+    a preset says of its place."""
+    base = DEFAULT if preset is None else preset.over(DEFAULT)
+    enabled = options.enabled and base.enabled  # options do not name layers, presets do
+    policies = [dataclasses.replace(options.over(base), enabled=enabled)]
     for origin in ("class", "instance"):
         policies += [Policy(**a.fields) for a in annotations if a.origin == origin]
     resolved = policies[0]
     for policy in policies[1:]:
         resolved = policy.over(resolved)
     return resolved
+
+
+def named_policies(policies: Mapping[str, Policy], paths: Sequence[str]) -> list[Annotation]:
+    """What policies by name or pattern say of a place, as if they were attached to instances.
+
+    Args:
+        policies: as `set_policy` takes them.
+        paths: names of the modules around the place, outermost first.
+    """
+    found = []
+    for path in paths:
+        matches = [p for name, p in policies.items() if fnmatch.fnmatchcase(path, name)]
+        found += [Annotation("instance", policy._given()) for policy in matches[-1:]]
+    return found
 
 
 def policy(base: Policy | None = None, /, **fields: Any) -> Callable[[_Target], _Target]:
@@ -205,7 +293,10 @@ def set_policy(model: nn.Module, policies: Mapping[str, Policy]) -> None:
 
 
 def _key(origin: Origin, value: Policy) -> str:
-    return encode(origin, value._given())
+    given = value._given()
+    if value.schedule is not None:
+        given["schedule"] = value.schedule.fields()
+    return encode(origin, given)
 
 
 def _wrap(function: Callable[..., Any], key: str) -> Callable[..., Any]:
@@ -237,12 +328,27 @@ def _attach_to_class(cls: type[nn.Module], value: Policy) -> None:
 def _attach_to_instance(module: nn.Module, value: Policy) -> None:
     # Plain strings on the module: Dynamo guards on their value, deepcopy and pickle carry them.
     if _KEY not in vars(module):
-        # A hook may have put its own forward on the instance; ours goes around it.
-        setattr(module, _OUTER_FORWARD, vars(module).get("forward"))
+        holder, name = _own_forward(module)
+        held = vars(holder).get(name)
+        own = isinstance(held, types.MethodType) and held.__self__ is module
+        setattr(module, _OUTER_FORWARD, None if own else held)
         owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
         setattr(module, _FORWARD_CLASS, owner)
-        module.forward = functools.partial(_instance_forward, module)
+        setattr(holder, name, functools.partial(_instance_forward, module))
     setattr(module, _KEY, _key("instance", value))
+
+
+def _own_forward(module: nn.Module) -> tuple[Any, str]:
+    """Where a module keeps the forward that its hooks, if it has any, are wrapped around.
+
+    Hooks of diffusers and accelerate for caches and offloading break graphs. A policy outside of
+    them would not be seen by what is traced inside; ours goes where the class's forward was.
+    """
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
+    if references:
+        replaced = references[0].original_forward is not None
+        return references[0], "original_forward" if replaced else "forward"
+    return module, "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
 def _instance_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

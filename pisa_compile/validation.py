@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.curves import CURVES
 from .kernels.dispatch import IMPLEMENTATIONS
 from .kernels.params import BLOCK_SIZES, ORDERS, ROUTINGS
 
@@ -53,11 +54,41 @@ def check_exact(exact: Any) -> None:
             raise ValueError(f"{expected}, got {tuple(exact)!r}")
 
 
+def check_policy_exact(exact: Any) -> None:
+    if isinstance(exact, str):
+        _check_choice("exact", exact, ("auto",))
+    else:
+        check_exact(exact)
+
+
+def check_grid(grid: Any) -> None:
+    expected = 'grid must be "auto", (t, h, w) or (h, w), counts of tokens >= 1'
+    if grid == "auto":
+        return
+    if isinstance(grid, str) or not isinstance(grid, Sequence):
+        raise TypeError(f"{expected}, got {_describe(grid)}")
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in grid):
+        raise TypeError(f"{expected}, got {_describe(grid)}")
+    if len(grid) not in (2, 3) or min(grid) < 1:
+        raise ValueError(f"{expected}, got {tuple(grid)!r}")
+
+
+def check_curve(curve: Any) -> None:
+    _check_choice("curve", curve, CURVES)
+
+
 def check_count(name: str, count: Any) -> None:
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{name} must be an int, got {_describe(count)}")
     if count < 0:
         raise ValueError(f"{name} must be >= 0, got {count}")
+
+
+def check_fraction(name: str, fraction: Any) -> None:
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1], got {_describe(fraction)}")
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {fraction!r}")
 
 
 def check_scale(scale: Any) -> None:

@@ -14,10 +14,35 @@ import pisa_compile as pisa
 PACKAGE = Path(pisa.__file__).parent
 # Each layer may import from itself and from those after it.
 LAYERS = {
-    "backend": {"passes", "recording", "options", "policy"},
-    "passes": {"policy", "annotation", "ops", "cost", "kernels"},
+    "backend": {
+        "passes",
+        "recording",
+        "options",
+        "policy",
+        "presets",
+        "frame",
+        "grids",
+        "stepwise",
+    },
+    "stepwise": {"passes", "recording", "schedule", "steps"},
+    "passes": {
+        "policy",
+        "presets",
+        "schedule",
+        "annotation",
+        "ops",
+        "cost",
+        "kernels",
+        "token_order",
+    },
+    "presets": {"policy", "schedule"},
+    "steps": {"schedule", "validation"},
+    "schedule": {"validation"},
     "cost": {"kernels"},
-    "ops": {"kernels", "validation"},
+    "ops": {"kernels", "observation", "validation"},
+    "observation": {"kernels"},
+    "grids": {"token_order"},
+    "token_order": {"kernels"},
     "kernels": set(),
 }
 
@@ -48,7 +73,7 @@ def test_imports_run_one_way(layer: str) -> None:
 def test_package_runs_where_triton_and_the_extras_cannot_be_imported() -> None:
     code = (
         "import sys\n"
-        "for name in ('triton', 'diffusers', 'rich', 'matplotlib', 'safetensors'):\n"
+        "for name in ('triton', 'diffusers', 'rich', 'matplotlib', 'safetensors', 'typer'):\n"
         "    sys.modules[name] = None\n"
         "import torch, pisa_compile, pisa_compile.backend\n"
         "q = torch.randn(1, 1, 200, 16)\n"
@@ -58,11 +83,20 @@ def test_package_runs_where_triton_and_the_extras_cannot_be_imported() -> None:
     assert out.stdout.strip() == "True"
 
 
+def test_nothing_imports_the_command_line_or_an_integration() -> None:
+    outside = {PACKAGE / "cli", PACKAGE / "integrations"}
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "__main__.py" and not outside & set(file.parents):
+            assert not imported(file) & {"cli", "integrations"}, file
+
+
 def test_public_surface() -> None:
     names = {name for name in vars(pisa) if not name.startswith("_")}
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"cost", "kernels", "passes"}
+    modules = {path.stem for path in PACKAGE.iterdir()}  # whatever another test imported
     assert names - modules == {
-        "DENSE", "Policy", "Report", "UnsupportedError", "attention", "explain", "rewrite",
-        "set_policy",
+        "Attachment", "Calibration", "Comparison", "DENSE", "Policy", "Report", "Schedule",
+        "UnsupportedError", "attach", "attention", "calibrate", "delivered", "denoising",
+        "explain", "load_policy", "rewrite", "save_policy", "set_policy", "set_step",
     }  # fmt: skip
     assert callable(pisa.policy)
+    assert callable(pisa.compare)

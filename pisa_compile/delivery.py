@@ -1,0 +1,141 @@
+"""What routing delivered: the density that was computed, and how much attention it covered.
+
+Asked for by `with pisa.delivered()`. The routing of every call is computed a second time in float32
+by the specification, head by head, so a run under it is slower; without it nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .kernels import reference
+from .kernels.params import block_count
+from .observation import Call, observed
+
+_SAMPLED_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One call of the op.
+
+    Attributes:
+        module: where it stands in the model, "" outside of one.
+        call: how many calls the same site had before, as many as denoising steps in a pipeline
+            (twice as many with two model calls per step).
+        requested: exact fraction of the key blocks that was asked for, per head [H].
+        density: exact fraction that was computed, exact ranges included; mean of the query blocks
+            [H].
+        mass: share of the dense attention probabilities on exact blocks, mean over up to
+            128 queries that are spread over the sequence [H].
+    """
+
+    module: str
+    call: int
+    requested: Tensor
+    density: Tensor
+    mass: Tensor
+
+
+@dataclass
+class Deliveries:
+    """The calls so far, in order. Prints as a table with a row per site."""
+
+    calls: list[Delivery] = field(default_factory=list)
+
+    def sites(self) -> dict[str, list[Delivery]]:
+        found: dict[str, list[Delivery]] = {}
+        for call in self.calls:
+            found.setdefault(call.module, []).append(call)
+        return found
+
+    def __str__(self) -> str:
+        lines = ["requested  delivered (heads)         mass in exact blocks (heads)  calls  module"]
+        for module, calls in self.sites().items():
+            requested = torch.stack([call.requested for call in calls]).mean()
+            density = torch.stack([call.density for call in calls]).mean(0)
+            mass = torch.stack([call.mass for call in calls]).mean(0)
+            lines.append(
+                f"{requested:9.3f}  {_spread(density):26}  {_spread(mass):28}  {len(calls):5}  "
+                f"{module or '(top level)'}"
+            )
+        return "\n".join(lines)
+
+
+@contextmanager
+def delivered() -> Iterator[Deliveries]:
+    """Record, for every call of the op inside, what its routing delivered.
+
+        with pisa.delivered() as deliveries:
+            model(x)
+        print(deliveries)
+
+    Sees what runs through Python in this thread; not what a CUDA graph replays.
+    """
+    deliveries = Deliveries()
+    counts: dict[str, int] = {}
+
+    def observe(call: Call) -> None:
+        module = "" if call.site is None else call.site.module
+        deliveries.calls.append(_delivery(call, module, counts.get(module, 0)))
+        counts[module] = counts.get(module, 0) + 1
+
+    with observed(observe):
+        yield deliveries
+
+
+@torch.no_grad()
+def _delivery(call: Call, module: str, index: int) -> Delivery:
+    heads = call.query.shape[1]
+    group = heads // call.key.shape[1]
+    requested = torch.full((heads,), call.params.density)
+    if call.density is not None:
+        requested = call.density.detach().to("cpu").expand(heads).clone()
+    density, mass = torch.zeros(heads), torch.zeros(heads)
+    for head in range(heads):
+        own = slice(head // group, head // group + 1)
+        found = _head(
+            call,
+            call.query[:, head : head + 1],
+            call.key[:, own],
+            call.value[:, own],
+            requested[head : head + 1].to(call.query.device) if call.density is not None else None,
+        )
+        density[head], mass[head] = found
+    return Delivery(module, index, requested, density, mass)
+
+
+def _head(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, density: Tensor | None
+) -> tuple[float, float]:
+    q, k, v = (x.to(torch.float32) for x in (query, key, value))
+    key_len, size = k.shape[2], call.params.block_size
+    mask = call.key_mask
+    if mask is None:
+        mask = torch.ones(k.shape[0], key_len, dtype=torch.bool, device=k.device)
+    if call.permutation is not None:
+        order = call.permutation
+        q, k, v, mask = q[:, :, order], k[:, :, order], v[:, :, order], mask[:, order]
+    stats = reference.block_statistics(k, v, mask, size)
+    exact = reference.route(q, stats, key_len, call.params, density)  # [B, 1, M, N]
+    blocks = stats.valid.sum(-1).clamp(min=1)[..., None]  # [B, 1, 1]
+    density_found = (exact.sum(-1) / blocks).mean()
+
+    count = min(_SAMPLED_ROWS, q.shape[2])
+    rows = torch.linspace(0, q.shape[2] - 1, count, device=q.device).long()
+    logit = call.params.scale * (q[:, :, rows] @ k.transpose(-1, -2))
+    logit = logit.masked_fill(~mask[:, None, None], -torch.inf)
+    weight = logit.softmax(-1).nan_to_num(0.0)  # rows without any valid key
+    weight = torch.nn.functional.pad(weight, (0, block_count(key_len, size) * size - key_len))
+    per_block = weight.reshape(*weight.shape[:-1], -1, size).sum(-1)  # [B, 1, rows, N]
+    covered = (per_block * exact[:, :, rows // size]).sum(-1)
+    return float(density_found), float(covered.mean())
+
+
+def _spread(values: Tensor) -> str:
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
