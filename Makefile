@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow lint types bench docs clean
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,13 @@ types: $(VENV)/installed
 
 bench: $(VENV)/installed ## the CPU record behind the README's table
 	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu.json
+
+docs: $(VENV)/docs-installed ## the documentation as a static site, in out/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir out/site
+
+$(VENV)/docs-installed: $(VENV)/installed # not a part of it: tests need none of this
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

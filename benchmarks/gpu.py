@@ -6,7 +6,9 @@
     python benchmarks/gpu.py --smoke                               toy sizes, interpreter, no GPU
 
 Nothing is timed or written when a correctness check fails. Times are medians over rounds in which
-all candidates run one after the other, each from a captured graph and with a cold cache.
+all candidates run one after the other, each from a captured graph and with a cold cache. The smoke
+run goes through every line of this on toy sizes; its times mean nothing, and it writes a file only
+where --output names one.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton
 
+import gpu_flash
 import gpu_timing
 import torch
 from gpu_timing import Run, Timer
@@ -31,9 +34,10 @@ from torch import Tensor
 
 from pisa_compile.kernels import reference
 from pisa_compile.kernels.params import AttentionParams
-from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2, specified
-from pisa_compile.kernels.triton import attention, geometry
-from pisa_compile.kernels.triton.launcher import device_of
+from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2
+from pisa_compile.kernels.triton import attention, geometry, launcher
+from pisa_compile.kernels.triton.configs import lookup
+from pisa_compile.kernels.triton.launcher import INTERPRETED, device_of
 from pisa_compile.kernels.triton.plan import Plan, plan
 
 
@@ -67,18 +71,31 @@ CHECKS: dict[str, dict[str, Any]] = {
     "value_narrower_gqa": {"head_dim": 96, "value_dim": 40, "heads": 4, "kv_heads": 2},
     "masked_exact": {"masked": 0.3, "exact": (70, 20)},
     "cross_block_32": {"query_len": 100, "key_len": 333, "block_size": 32},
+    "corrected": {"order": "corrected"},
+    "corrected_gqa_masked": {"order": "corrected", "masked": 0.3, "heads": 4, "kv_heads": 2},
+    "corrected_threshold": {"order": "corrected", "routing": "threshold"},
+    "density": {"heads": 3, "density": (1.0, 0.4, 0.05)},
+    "density_threshold": {"heads": 3, "density": (1.0, 0.4, 0.05), "routing": "threshold"},
+    "permuted": {"permuted": True},
+    "permuted_threshold_masked": {"permuted": True, "routing": "threshold", "masked": 0.3},
+    "permuted_corrected_head_dim_72": {"permuted": True, "order": "corrected", "head_dim": 72},
+    "permuted_exact_density": {"permuted": True, "exact": (70, 20), "density": (0.4,)},
 }
 SETTINGS = ("routing", "order", "exact", "block_size")
+PERMUTATION_TOKENS = 32_760  # about 32k: where a permutation must cost little
 
 
 def main() -> int:
     arguments = _arguments()
     device = torch.device("cpu" if arguments.smoke else "cuda")
-    failures, checks = check_features(device, arguments.smoke)
+    checks = check_features(device, arguments.smoke)
     shapes = [s for s in SHAPES if not arguments.shapes or s.name in arguments.shapes]
     shapes = list(TOYS) if arguments.smoke else shapes
     for shape in shapes:
-        failures += check_shape(shape, device, checks)
+        checks += check_shape(shape, device)
+    checks += check_replay(device, arguments.smoke)
+    checks.append(check_fallbacks())
+    failures = [json.dumps(check) for check in checks if not check["passed"]]
     if failures:
         print("\n".join(["not measured, because results are wrong:", *failures]), file=sys.stderr)
         return 1
@@ -94,52 +111,144 @@ def main() -> int:
             result = measure(shape, density, device, timer, arguments.reference_path)
             record["results"].append(result)
             print(_line(result), flush=True)
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(record, indent=1))
+            _write(arguments.output, record)
+    record["permutation"] = measure_permutation(shapes, device, timer)
     record["environment_after"] = gpu_timing.environment(device, ROOT, device_of(device).arch)
-    arguments.output.write_text(json.dumps(record, indent=1))
-    print(f"written to {arguments.output}")
+    _write(arguments.output, record)
+    if arguments.output:
+        print(f"written to {arguments.output}")
     return 0
 
 
-def check_features(device: torch.device, smoke: bool) -> tuple[list[str], list[dict[str, Any]]]:
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_features(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
     """Every feature and dtype against the specification in float64."""
-    failures, checks = [], []
+    checks = []
     for name, options in CHECKS.items():
         for dtype in (torch.float32,) if smoke else (torch.float32, torch.float16, torch.bfloat16):
             options = {"query_len": 150 if smoke else 1000, "heads": 1 if smoke else 2, **options}
+            if smoke and options.get("head_dim", 64) > 96:
+                options = {**options, "query_len": 80}
             settings = {k: v for k, v in options.items() if k in SETTINGS}
-            shape = {k: v for k, v in options.items() if k not in SETTINGS}
+            data = _data(options, device)
+            unused = (*SETTINGS, "density", "permuted")
+            shape = {k: v for k, v in options.items() if k not in unused}
             inputs = random_inputs(**shape, dtype=dtype, device=str(device))
             scale = inputs.query.shape[-1] ** -0.5
             params = AttentionParams(scale=scale, **{"sparsity": 0.7, **settings})
-            ours = attention(*inputs.astuple(), params)
-            check = _compare(f"{name} {dtype}", inputs, params, ours)
-            checks.append(check)
-            failures += [] if check["passed"] else [json.dumps(check)]
-    return failures, checks
+            ours = attention(*inputs.astuple(), params, **data)
+            checks.append(_compare(f"{name} {dtype}", inputs, params, ours, **data))
+    return checks
 
 
-def check_shape(shape: Shape, device: torch.device, checks: list[dict[str, Any]]) -> list[str]:
+def _data(options: dict[str, Any], device: torch.device) -> dict[str, Tensor | None]:
+    """The tensor arguments of a check: density and permutation."""
+    density, permutation = options.get("density"), None
+    if density is not None:
+        density = torch.tensor(density, device=device)
+        density = density[0] if density.numel() == 1 else density
+    if options.get("permuted"):
+        generator = torch.Generator().manual_seed(1)
+        permutation = torch.randperm(options["query_len"], generator=generator).to(device)
+    return {"density": density, "permutation": permutation}
+
+
+def check_shape(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
     """Some query blocks of the full problem; the others are too large for the specification."""
-    inputs, failures = _inputs(shape, device), []
+    inputs, checks = _inputs(shape, device), []
     params = AttentionParams(scale=shape.head_dim**-0.5, sparsity=0.875)
     out, lse = attention(*inputs.astuple(), params)
     for first in (0, shape.tokens // 128 * 64, (shape.tokens - 1) // 64 * 64):
         rows = (slice(None), slice(-2, None), slice(first, first + 64))
         part = Inputs(inputs.query[rows], inputs.key[:, -2:], inputs.value[:, -2:], None)
-        check = _compare(f"{shape.name} from row {first}", part, params, (out[rows], lse[rows]))
-        checks.append(check)
-        failures += [] if check["passed"] else [json.dumps(check)]
-    return failures
+        name = f"{shape.name} from row {first}"
+        checks.append(_compare(name, part, params, (out[rows], lse[rows])))
+    return checks
+
+
+def check_replay(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
+    """A captured graph reads new inputs and a new density, and so does compiled code.
+
+    Without a GPU nothing is captured: the same buffers are filled and used again.
+    """
+    checks = []
+    tokens, heads = (150, 2) if smoke else (4096, 8)
+    for order, routing in (("corrected", "topk"), ("hybrid", "threshold")):
+        params = AttentionParams(scale=0.125, routing=routing, order=order)
+        first, second = (
+            random_inputs(heads=heads, query_len=tokens, seed=seed, device=str(device))
+            for seed in (1, 2)
+        )
+        buffers = Inputs(*(t.clone() for t in first.astuple()[:3]), None)
+        density = torch.full((heads,), 0.5, device=device)
+        permutation = torch.arange(tokens, device=device)
+
+        def call(
+            buffers: Inputs = buffers, density: Tensor = density,
+            permutation: Tensor = permutation, params: AttentionParams = params,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            return attention(*buffers.astuple(), params, density=density, permutation=permutation)
+
+        results = gpu_timing.captured(call, device)
+        for ours, new in zip(buffers.astuple()[:3], second.astuple()[:3], strict=True):
+            assert ours is not None
+            assert new is not None
+            ours.copy_(new)
+        density.fill_(0.2)
+        permutation.copy_(permutation.flip(0))
+        ours = results()
+        expected = attention(*second.astuple(), params, density=density, permutation=permutation)
+        checks.append(
+            {"name": f"replay {order} {routing}",
+             "passed": all(map(torch.equal, ours, expected))}
+        )  # fmt: skip
+    return [*checks, _check_reduce_overhead(device, tokens, heads)]
+
+
+def _check_reduce_overhead(device: torch.device, tokens: int, heads: int) -> dict[str, Any]:
+    """`torch.compile(mode="reduce-overhead")` around the op, called with changing data."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, density: Tensor) -> Tensor:
+        return torch.ops.pisa.attention(
+            q * 2.0, k, v, None, density, sparsity=0.5, impl="triton"
+        ) + 1.0  # fmt: skip
+
+    compiled = (
+        torch.compile(model, mode="reduce-overhead")
+        if device.type == "cuda"
+        else torch.compile(model, backend="aot_eager")
+    )
+    passed = True
+    for seed, share in ((1, 0.5), (2, 0.25), (3, 1.0), (4, 0.1)):
+        inputs = random_inputs(heads=heads, query_len=tokens, seed=seed, device=str(device))
+        density = torch.full((heads,), share, device=device)
+        arguments = (*inputs.astuple()[:3], density)
+        passed &= relative_l2(compiled(*arguments), model(*arguments)) < 1e-5
+    return {"name": "reduce-overhead", "passed": passed}
+
+
+def check_fallbacks() -> dict[str, Any]:
+    """Every configuration ran as it is in the table: a record of a fallback would mislead."""
+    failures = {str(kind): count for kind, count in launcher.failures().items()}
+    return {"name": "no fallback", "passed": not failures, "failures": failures}
 
 
 def _compare(
-    name: str, inputs: Inputs, params: AttentionParams, ours: tuple[Tensor, Tensor]
+    name: str,
+    inputs: Inputs,
+    params: AttentionParams,
+    ours: tuple[Tensor, Tensor],
+    **data: Tensor | None,
 ) -> dict[str, Any]:
     """Passes within four times the error of the reference in the same dtype, plus TF32's rest."""
-    expected, expected_lse = specified(inputs, params)
-    own = relative_l2(reference.attention(*inputs.astuple(), params)[0], expected)
+    exact = inputs.to(torch.float64)
+    expected, expected_lse = reference.attention(*exact.astuple(), params, **data)
+    own = relative_l2(reference.attention(*inputs.astuple(), params, **data)[0], expected)
     error, allowed = relative_l2(ours[0], expected), 4 * own + 1e-5
     valid = expected_lse > -torch.inf
     lse_error = float((ours[1] - expected_lse)[valid].abs().max())
@@ -147,6 +256,32 @@ def _compare(
     passed = error <= allowed and lse_error <= lse_allowed
     return {"name": name, "error": error, "allowed": allowed, "lse_error": lse_error,
             "passed": passed}  # fmt: skip
+
+
+def measure_permutation(
+    shapes: list[Shape], device: torch.device, timer: Timer
+) -> dict[str, Any] | None:
+    """What reading rows through a permutation costs, at the shape that is nearest to 32k tokens."""
+    if not shapes:
+        return None
+    shape = min(shapes, key=lambda s: abs(s.tokens - PERMUTATION_TOKENS))
+    inputs = _inputs(shape, device)
+    params = AttentionParams(scale=shape.head_dim**-0.5, sparsity=0.875)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randperm(shape.tokens, generator=generator).to(device)
+    tiles = torch.arange(shape.tokens, device=device)
+    tiles = torch.cat([tiles[i::8] for i in range(8)])  # strided runs, as spatial tiles give
+    times = timer(
+        {
+            "tokens' own order": lambda: attention(*inputs.astuple(), params),
+            "strided": lambda: attention(*inputs.astuple(), params, permutation=tiles),
+            "random": lambda: attention(*inputs.astuple(), params, permutation=random),
+            "gathered by torch": lambda: attention(
+                *(t[:, :, tiles] for t in inputs.astuple()[:3] if t is not None), None, params
+            )[0].index_select(2, tiles.argsort()),
+        }
+    )
+    return {"shape": asdict(shape), "times": times}
 
 
 def measure(
@@ -157,9 +292,18 @@ def measure(
     params = AttentionParams(scale=shape.head_dim**-0.5, sparsity=1.0 - density)
     selected = selection(inputs, params)
     candidates: dict[str, Run] = {"pisa": lambda: attention(*inputs.astuple(), params)}
+    for name, changes in (
+        ("pisa_corrected", {"order": "corrected"}),
+        ("pisa_threshold", {"routing": "threshold"}),
+    ):
+        other = replace(params, **changes)
+        candidates[name] = lambda other=other: attention(*inputs.astuple(), other)
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
         candidates[f"dense_{backend.split('_')[0].lower()}"] = gpu_timing.dense(backend, q, k, v)
-    candidates["triton_dense_forward"] = _phase(inputs, replace(params, sparsity=0.0, order="none"))
+    config = lookup(
+        device_of(device).arch, shape.head_dim, shape.head_dim, str(q.dtype).removeprefix("torch.")
+    )
+    candidates["triton_dense"] = gpu_flash.dense_flash(q, k, v, params.scale, config, INTERPRETED)
     candidates["flex"] = (
         gpu_timing.flex(q, k, v, selected) if timer.gpu else gpu_timing.missing("needs a GPU")
     )
@@ -169,6 +313,12 @@ def measure(
     phases = {name: _phase(inputs, params, name) for name in before}
     for order in ("none", "zeroth", "hybrid"):
         phases[f"forward_{order}"] = _phase(inputs, replace(params, order=order))
+    corrected, threshold = replace(params, order="corrected"), replace(params, routing="threshold")
+    phases["energy_corrected"] = _phase(inputs, corrected, "energy")
+    phases["statistics_corrected"] = _phase(inputs, corrected, "statistics")
+    for name in ("moments", "cuts", "routing", "forward"):
+        if _has(inputs, threshold, name):
+            phases[f"{name}_threshold"] = _phase(inputs, threshold, name)
     result["phases"] = timer(phases)
     result["selected_share"] = float(selected.float().mean())
     result["flops"] = _flops(shape, int(selected.sum()))
@@ -191,7 +341,7 @@ def measure(
         "statistics_and_routing": sum(phase[name] for name in before) / ours,
         "centroids_and_first_order": (phase["forward_hybrid"] - phase["forward_none"]) / ours,
         "exact_rate_of_dense_forward": result["tflops"]["forward_none"]
-        / result["tflops"]["triton_dense_forward"],
+        / result["tflops"]["triton_dense"],
     }
     return result
 
@@ -217,7 +367,11 @@ def selection(inputs: Inputs, params: AttentionParams) -> Tensor:
 
 
 def _plan(inputs: Inputs, params: AttentionParams) -> Plan:
-    return plan(*inputs.astuple(), params, None, device_of(inputs.query.device))
+    return plan(*inputs.astuple(), params, device_of(inputs.query.device))
+
+
+def _has(inputs: Inputs, params: AttentionParams, name: str) -> bool:
+    return any(launch.name == name for launch in _plan(inputs, params).launches)
 
 
 def _phase(inputs: Inputs, params: AttentionParams, name: str = "forward") -> Run:
@@ -262,7 +416,7 @@ def _tflops(result: dict[str, Any]) -> dict[str, float]:
     work = {
         "forward_hybrid": flops["exact"] + flops["zeroth"] + flops["first_order"],
         "forward_none": flops["exact"],
-        "triton_dense_forward": flops["dense"],
+        "triton_dense": flops["dense"],
     }
     return {name: amount / ms[name] / 1e9 for name, amount in work.items()}
 
@@ -278,11 +432,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--densities", nargs="*", type=float, default=DENSITIES)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--reference-path", type=Path, help="checkout of the public implementation")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/gpu.json")
     parser.add_argument("--smoke", action="store_true", help="toy sizes in the interpreter")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.densities, arguments.rounds = (0.5,), 1
+    elif arguments.output is None:
+        arguments.output = ROOT / "benchmarks" / "results" / "gpu.json"
     return arguments
 
 

@@ -83,6 +83,26 @@ class Timer:
         return start_event.elapsed_time(end)
 
 
+def captured(function: Run, device: torch.device) -> Run:
+    """A function that repeats what `function` did, from a captured graph where there are graphs."""
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
 def dense(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Run:
     def run() -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend) if q.is_cuda else SDPBackend.MATH):

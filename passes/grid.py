@@ -145,13 +145,13 @@ def plan_tokens(
         notes = (*notes, "exact: its text, of a length that is only known when it runs")
     return TokenPlan(
         exact=exact,
-        order=order,
+        order=None if policy.curve == "raster" else order,
         policy=replace(
             policy,
             exact=(hint(exact[0]), hint(exact[1])),
             grid=None if order is None else tuple(hint(length) for length in order.grid),
         ),
-        notes=(*notes, *order_notes),
+        notes=notes if policy.curve == "raster" else (*notes, *order_notes),
     )
 
 
@@ -231,8 +231,6 @@ def _order(
     exact: tuple[Length, Length],
     caller: CallerTokens,
 ) -> tuple[Order | None, tuple[str, ...]]:
-    if policy.curve == "raster":
-        return None, ()
     query, key = site.query.example(), site.key.example()
     if not statically_known_true(query.shape[2] == key.shape[2]):
         return None, ("raster order: its queries and keys are not the same tokens",)

@@ -43,7 +43,7 @@ class Policy:
         grid: the picture or video that the other tokens show, row by row: `(t, h, w)`, `(h, w)`, or
             "auto" for what graph and model tell. Default "auto".
         curve: "hilbert" or "tile" cuts those tokens into blocks along a curve through the grid,
-            "raster" leaves them as they are. Default "hilbert".
+            "raster" leaves them as they are. Default "raster".
         min_tokens: sequences shorter than this stay dense. By default 4,096 on a GPU and 2,048 on
             a CPU.
         impl: "reference", "cpu" or "triton". Default: by device.
@@ -192,7 +192,7 @@ DEFAULT = Policy(
     order="corrected",
     exact="auto",
     grid="auto",
-    curve="hilbert",
+    curve="raster",
 )
 
 DEFAULT_MIN_TOKENS = {"cpu": 2048}

@@ -144,7 +144,8 @@ def test_the_gate_follows_the_profile(cache: Path, tokens: int, replaced: bool) 
     # Break-even of two heads of 32 at sparsity 0.85 lies between the lengths.
     rates = Profile(dense=(0.0, 1e-11, 0.0), sparse=(4e-3, 1e-11, 1e-11, 0.0))
     with mock.patch.object(store, "measure", return_value=rates), torch.no_grad():
-        compiled = torch.compile(model, backend="pisa", options={"inner": "eager"})
+        options = {"inner": "eager", "sparsity": 0.85}
+        compiled = torch.compile(model, backend="pisa", options=options)
         (site,) = pisa.explain(compiled, x).sites
         assert site.replaced is replaced
         if not replaced:

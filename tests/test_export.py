@@ -1,9 +1,8 @@
-"""Programs of `torch.export`: rewritten, validated, saved, loaded and compiled ahead of time."""
+"""Programs of `torch.export`: rewritten, validated, saved and loaded."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -126,19 +125,6 @@ def test_default_policy_keeps_short_programs_dense() -> None:
 def test_plain_modules_are_refused() -> None:
     with pytest.raises(TypeError, match="backend='pisa'"):
         pisa.rewrite(tiny())  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_aot_inductor_package(tmp_path: Path) -> None:
-    model, x = tiny(1).eval(), tokens(64)
-    program = pisa.rewrite(export(model, x, dynamic=True), DENSE_ENOUGH)
-    with torch.no_grad():
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
-        compiled = torch._inductor.aoti_load_package(path)
-        for count in (64, 90):
-            assert relative_l2(compiled(tokens(count)), model(tokens(count))) < 1e-5
 
 
 def test_written_out_functional_is_exported_as_the_op() -> None:

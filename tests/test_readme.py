@@ -29,6 +29,15 @@ class Repeating(TinyTransformer):
             block.compile(**settings)
 
 
+class Scheduler:
+    """As far as `pisa.attach` looks at one."""
+
+    def set_timesteps(self, count: int) -> None:
+        self.timesteps = list(range(count))
+
+    def step(self) -> None: ...
+
+
 def test_readme_runs() -> None:
     assert len(BLOCKS) >= 4
     inputs = random_inputs(query_len=200, head_dim=16)
@@ -37,7 +46,7 @@ def test_readme_runs() -> None:
         "nn": nn,
         "model": tiny(),
         "x": tokens(100),
-        "pipe": SimpleNamespace(transformer=Repeating().eval()),
+        "pipe": SimpleNamespace(transformer=Repeating().eval(), scheduler=Scheduler()),
         "query": inputs.query,
         "key": inputs.key,
         "value": inputs.value,

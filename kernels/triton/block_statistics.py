@@ -10,39 +10,74 @@ the forward kernel. The order of every sum is fixed, so results repeat bit for b
 import triton
 import triton.language as tl
 
-from .primitives import dot, key_validity, load_tile
+from .primitives import dot, keys_of, load_tile
 
 
 @triton.jit
 def _block(
-    key, value, key_mask, start,
+    key, value, key_mask, permutation, start,
     key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
     d_columns, e_columns,
     BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """One key block: validity, number of valid keys, keys and values (float32)."""
-    rows = tl.arange(0, BLOCK)
-    valid = key_validity(key_mask, start, rows, key_len, mask_stride_t)  # [B]
-    first = tl.cast(start, tl.int64)
+    """One key block: validity, number of valid keys, keys and values."""
+    base, rows, valid = keys_of(
+        permutation, key_mask, start, tl.arange(0, BLOCK), key_len, mask_stride_t
+    )
     k = load_tile(
-        key + first * key_stride_t, rows, d_columns, key_stride_t, key_stride_d, valid, D
+        key + base * key_stride_t, rows, d_columns, key_stride_t, key_stride_d, valid, D
     )  # [B, D]
     v = load_tile(
-        value + first * value_stride_t, rows, e_columns, value_stride_t, value_stride_d, valid, E
+        value + base * value_stride_t, rows, e_columns, value_stride_t, value_stride_d, valid, E
     )  # [B, E]
     length = tl.sum(valid.to(tl.float32), axis=0)
     return valid, length, k, v
 
 
 @triton.jit
-def _centred_product(k, v, mean, valid, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """`accumulator + (K - mean)^T V`.
+def _centred(k, mean, valid):
+    """Keys without their block's mean, float32, zero where invalid. [B, D]
 
-    Centring before the product avoids the cancellation in `K^T V - b * mean^T vmean`, whose terms
+    Centring before a product avoids the cancellation in `K^T V - b * mean^T vmean`, whose terms
     grow with a vector that all keys share while their difference does not.
     """
-    centred = tl.where(valid[:, None], k.to(tl.float32) - mean[None, :], 0.0)
-    return dot(tl.trans(centred.to(v.dtype)), v, accumulator, PRECISION, UPCAST)
+    return tl.where(valid[:, None], k.to(tl.float32) - mean[None, :], 0.0)
+
+
+@triton.jit
+def _mean_energy(energy, columns, PARTS: tl.constexpr, D: tl.constexpr):
+    """Mean of `q_d^2` from its summands. [D]"""
+    parts = tl.arange(0, PARTS)
+    every = parts >= 0
+    return tl.sum(load_tile(energy, parts, columns, D, 1, every, D), axis=0)
+
+
+@triton.jit
+def _tail_mass_correction(
+    centred, length, key, key_mask, permutation, energy, held, start,
+    key_stride_t, key_stride_d, mask_stride_t, key_len, scale,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """`log(1 + 1/2 scale^2 sum_d Var(k_d) mean(q_d^2))` of one block: see the specification.
+
+    `centred` holds the first D_TILE columns and `held` their energy; where there are more columns
+    than that, the others are read here. Only one of the block's programs does so.
+    """
+    weighted = tl.sum(centred * centred * held[None, :])
+    for first in tl.range(D_TILE, D, D_TILE):
+        columns = first + tl.arange(0, D_TILE)
+        base, rows, valid = keys_of(
+            permutation, key_mask, start, tl.arange(0, BLOCK), key_len, mask_stride_t
+        )
+        k = load_tile(
+            key + base * key_stride_t, rows, columns, key_stride_t, key_stride_d, valid, D
+        )  # [B, D]
+        mean = tl.sum(k.to(tl.float32), axis=0) / length
+        rest = _centred(k, mean, valid)
+        weighted += tl.sum(rest * rest * _mean_energy(energy, columns, PARTS, D)[None, :])
+    beta = 0.5 * scale * scale * weighted / length
+    return tl.log(tl.where(beta < LIMIT - 1.0, 1.0 + beta, LIMIT))  # NaN lands on the limit too
 
 
 @triton.jit(do_not_specialize=["head_start", "key_len", "blocks", "blocks_per_split"])
@@ -50,21 +85,26 @@ def block_statistics_kernel(
     key,  # [B, G, Tk, D]
     value,  # [B, G, Tk, E]
     key_mask,  # uint8 [B, Tk] or None
+    permutation,  # int32 or int64 [Tk], or None
+    energy,  # float32 [heads, PARTS, D], or None: no correction of the tail mass
     key_mean,  # out float32 [heads, blocks, D]
     key_mean_low,  # out [heads, blocks, D] in the input dtype, or None where that is float32
     value_mean,  # out [heads, blocks, E] in the input dtype
-    log_weight,  # out float32 [heads, blocks]: log of the number of valid keys, -inf for none
+    log_weight,  # out float32 [heads, blocks]: log of the number of valid keys plus the
+    #              correction, -inf for none
     partial,  # out float32 [heads, S, D, E], or None
     partial_counts,  # out float32 [heads, S, 2]: valid keys, blocks that have any
     key_stride_b, key_stride_h, key_stride_t, key_stride_d,
     value_stride_b, value_stride_h, value_stride_t, value_stride_d,
     mask_stride_b, mask_stride_t,
-    head_start, kv_heads, key_len, blocks, blocks_per_split,
+    head_start, kv_heads, key_len, blocks, blocks_per_split, scale,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
     D_TILE: tl.constexpr,
     E_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +120,10 @@ def block_statistics_kernel(
     row0 = local_head.to(tl.int64) * blocks
     d_columns = d_tile * D_TILE + tl.arange(0, D_TILE)
     e_columns = e_tile * E_TILE + tl.arange(0, E_TILE)
+    held = tl.zeros([D_TILE], tl.float32)
+    if energy is not None:
+        energy += local_head.to(tl.int64) * (PARTS * D)
+        held = _mean_energy(energy, d_columns, PARTS, D)
 
     first_order = tl.zeros([D_TILE, E_TILE], tl.float32)
     keys_seen, blocks_seen = 0.0, 0.0
@@ -87,14 +131,16 @@ def block_statistics_kernel(
         split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)
     ):
         valid, length, k, v = _block(
-            key, value, key_mask, block * BLOCK,
+            key, value, key_mask, permutation, block * BLOCK,
             key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
             d_columns, e_columns, BLOCK, D, E,
         )  # fmt: skip
         divisor = tl.maximum(length, 1.0)
         mean = tl.sum(k.to(tl.float32), axis=0) / divisor  # [D]
+        centred = _centred(k, mean, valid)
         if partial is not None:
-            first_order = _centred_product(k, v, mean, valid, first_order, PRECISION, UPCAST)
+            centred_low = centred.to(v.dtype)
+            first_order = dot(tl.trans(centred_low), v, first_order, PRECISION, UPCAST)
         keys_seen += length
         blocks_seen += tl.where(length > 0, 1.0, 0.0)
 
@@ -108,8 +154,14 @@ def block_statistics_kernel(
             low = (tl.sum(v.to(tl.float32), axis=0) / divisor).to(value_mean.dtype.element_ty)
             tl.store(value_mean + row * E + e_columns, low, mask=e_columns < E)
         if tile == 0:
-            weight = tl.where(length > 0, tl.log(divisor), float("-inf"))
-            tl.store(log_weight + row, weight)
+            weight = tl.log(divisor)
+            if energy is not None:
+                weight += _tail_mass_correction(
+                    centred, divisor, key, key_mask, permutation, energy, held, block * BLOCK,
+                    key_stride_t, key_stride_d, mask_stride_t, key_len, scale,
+                    BLOCK, D, D_TILE, PARTS, LIMIT,
+                )  # fmt: skip
+            tl.store(log_weight + row, tl.where(length > 0, weight, float("-inf")))
 
     splits = tl.num_programs(0)
     place = local_head.to(tl.int64) * splits + split
@@ -156,6 +208,7 @@ def covariance_kernel(
     key,  # [B, G, Tk, D]
     value,  # [B, G, Tk, E]
     key_mask,  # uint8 [B, Tk] or None
+    permutation,  # int32 or int64 [Tk], or None
     key_mean,  # float32 [heads, blocks, D]
     mean_matrix,  # float32 [heads, D, E]
     score_bias,  # out float32 [heads, blocks]: log(||H_j - mean|| + EPS)
@@ -190,7 +243,7 @@ def covariance_kernel(
         for e_start in tl.range(0, E, E_TILE):
             e_columns = e_start + tl.arange(0, E_TILE)
             valid, _, k, v = _block(
-                key, value, key_mask, block * BLOCK,
+                key, value, key_mask, permutation, block * BLOCK,
                 key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
                 d_columns, e_columns, BLOCK, D, E,
             )  # fmt: skip
@@ -198,7 +251,8 @@ def covariance_kernel(
             offsets = d_columns[:, None] * E + e_columns[None, :]
             average = tl.load(mean_matrix + offsets, mask=inside, other=0.0)  # [D, E]
             zero = tl.zeros([D_TILE, E_TILE], tl.float32)
-            own = _centred_product(k, v, mean, valid, zero, PRECISION, UPCAST)
+            centred = _centred(k, mean, valid).to(v.dtype)
+            own = dot(tl.trans(centred), v, zero, PRECISION, UPCAST)
             deviation = own - average
             # One axis at a time fails to compile for sm_100 in triton 3.6 and 3.7.
             square += tl.sum(deviation * deviation)

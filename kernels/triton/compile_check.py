@@ -41,8 +41,6 @@ SHARED_LIMITS = {
 }
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 HEAD_DIMS = (64, 72, 96, 128, 256)
-# Kernels that multiply matrices; the others are sums.
-MATRIX_KERNELS = ("statistics", "covariance", "routing", "forward")
 
 _MMA = {
     "tcgen05": r"tcgen05\.mma",
@@ -52,7 +50,7 @@ _MMA = {
 }
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -72,6 +70,7 @@ class Row:
     shared: int
     shared_limit: int
     error: str = ""
+    multiplies: bool = True  # whether the kernel has matrix products
 
     @property
     def ok(self) -> bool:
@@ -86,7 +85,7 @@ class Row:
             return f"spills {self.spills} of its registers"
         if self.shared > self.shared_limit:
             return f"needs {self.shared} bytes of shared memory of {self.shared_limit}"
-        if self.kernel in MATRIX_KERNELS and self.mma == "none":
+        if self.multiplies and self.mma == "none":
             return "does not use the tensor cores"
         return ""
 
@@ -121,7 +120,8 @@ def launches_of(
     heads: int = 4,
     kv_heads: int | None = None,
     masked: bool = False,
-    budget: bool = False,
+    density: bool = False,
+    permuted: bool = False,
     config: Config | None = None,
     **settings: Any,
 ) -> list[KernelLaunch]:
@@ -139,9 +139,10 @@ def launches_of(
         tensor(kv_heads, value_dim or head_dim),
         mask,
         params,
-        torch.empty(heads, device="meta") if budget else None,
         Device(architecture, processors=128),
-        config,
+        density=torch.empty(heads, device="meta") if density else None,
+        permutation=torch.empty(tokens, dtype=torch.int64, device="meta") if permuted else None,
+        config=config,
     ).launches
     # Later groups of heads repeat the same kernels.
     return list({launch.name: launch for launch in reversed(launches)}.values())[::-1]
@@ -162,7 +163,10 @@ def check(launch: KernelLaunch, architecture: str, head_dim: int, dtype: torch.d
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Row(*head, False, "none", 0, 0, 0, limit, reason)
     mma = next((name for name, pattern in _MMA.items() if re.search(pattern, assembly)), "none")
-    return Row(*head, True, mma, registers, spills, compiled.metadata.shared, limit)
+    return Row(
+        *head, True, mma, registers, spills, compiled.metadata.shared, limit,
+        multiplies=launch.multiplies,
+    )  # fmt: skip
 
 
 def target_of(architecture: str) -> GPUTarget:

@@ -5,8 +5,13 @@ block's length; then the global first-order term, which is proportional to the m
 far, the tail mass; then the tokens of the exact blocks. The tail mass is never kept apart, so it
 cannot miss a rescaling.
 
-Shapes: legend in primitives.py. A query tile holds PACK whole query blocks or is a part of one;
-each row keeps the selection of its own query block either way.
+Which blocks are exact comes from the routing kernel, as a bitmap and a sorted list per query tile.
+With INSIDE it is decided here: the mean over a query block's rows of the scores with a centroid is
+the proxy score of that pair, so threshold routing needs one number per query block (thresholds.py)
+and a list of entries in the program's own scratch row.
+
+Shapes: legend in primitives.py. A query tile holds P whole query blocks or is a part of one; each
+row keeps the selection of its own query block either way.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,no-any-return"
@@ -21,9 +26,10 @@ from .primitives import (
     LOG2E,
     bits_of_blocks,
     dot,
-    key_validity,
+    keys_of,
     load_tile,
     online_softmax,
+    tokens_of,
 )
 
 
@@ -48,6 +54,40 @@ def _scores_in_chunks(
 
 
 @triton.jit
+def _centroid_tile(
+    q, query, rows, row_valid, query_stride_t, query_stride_d,
+    key_mean, value_mean, kv_row, start, blocks,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    D_CHUNK: tl.constexpr, IN_CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Unscaled scores with COLUMNS centroids [R, C] and their value means [C, E].
+
+    `key_mean` and `value_mean` point at the head's first block, or are descriptors of all heads
+    with the head in `kv_row`.
+    """
+    columns = start + tl.arange(0, COLUMNS)
+    valid = columns < blocks
+    if IN_CHUNKS:
+        score = _scores_in_chunks(
+            query, rows, row_valid, query_stride_t, query_stride_d,
+            key_mean, columns, valid, D, 1, D, D_PAD, D_CHUNK, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        if DESCRIPTORS:
+            k = key_mean.load([kv_row, start, 0]).reshape([COLUMNS, D_PAD])  # [C, D]
+        else:
+            k = load_tile(key_mean, columns, tl.arange(0, D_PAD), D, 1, valid, D)  # [C, D]
+        zero = tl.zeros([rows.shape[0], COLUMNS], tl.float32)
+        score = dot(q, tl.trans(k), zero, PRECISION, UPCAST)  # [R, C]
+    if DESCRIPTORS:
+        v = value_mean.load([kv_row, start, 0]).reshape([COLUMNS, E_PAD])  # [C, E]
+    else:
+        v = load_tile(value_mean, columns, tl.arange(0, E_PAD), E, 1, valid, E)  # [C, E]
+    return score, v
+
+
+@triton.jit
 def _centroids(
     q, query, rows, row_valid, query_stride_t, query_stride_d,
     key_mean, value_mean, kv_row, log_weight, bitmap, first_block, member, query_blocks, blocks,
@@ -57,31 +97,15 @@ def _centroids(
     WORDS: tl.constexpr, PACK: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Zeroth order: every block that the row's query block did not select, as one column.
-
-    `key_mean` and `value_mean` point at the head's first block, or are descriptors of all heads
-    with the head in `kv_row`.
-    """
+    """Zeroth order: every block that the row's query block did not select, as one column."""
     for start in tl.range(0, blocks, COLUMNS):
+        score, v = _centroid_tile(
+            q, query, rows, row_valid, query_stride_t, query_stride_d,
+            key_mean, value_mean, kv_row, start, blocks, D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS,
+            COLUMNS, DESCRIPTORS, PRECISION, UPCAST,
+        )  # fmt: skip
         columns = start + tl.arange(0, COLUMNS)
-        valid = columns < blocks
-        if IN_CHUNKS:
-            score = _scores_in_chunks(
-                query, rows, row_valid, query_stride_t, query_stride_d,
-                key_mean, columns, valid, D, 1, D, D_PAD, D_CHUNK, PRECISION, UPCAST,
-            )  # fmt: skip
-        else:
-            if DESCRIPTORS:
-                k = key_mean.load([kv_row, start, 0]).reshape([COLUMNS, D_PAD])  # [C, D]
-            else:
-                k = load_tile(key_mean, columns, tl.arange(0, D_PAD), D, 1, valid, D)  # [C, D]
-            zero = tl.zeros([rows.shape[0], COLUMNS], tl.float32)
-            score = dot(q, tl.trans(k), zero, PRECISION, UPCAST)  # [R, C]
-        if DESCRIPTORS:
-            v = value_mean.load([kv_row, start, 0]).reshape([COLUMNS, E_PAD])  # [C, E]
-        else:
-            v = load_tile(value_mean, columns, tl.arange(0, E_PAD), E, 1, valid, E)  # [C, E]
-        weight = tl.load(log_weight + columns, mask=valid, other=float("-inf")) * LOG2E
+        weight = tl.load(log_weight + columns, mask=columns < blocks, other=float("-inf")) * LOG2E
         exact = bits_of_blocks(bitmap, columns, blocks)
         bias = tl.where(exact != 0, float("-inf"), weight)[None, :]  # [1, C]
         for other in tl.static_range(1, PACK):
@@ -94,6 +118,118 @@ def _centroids(
             score * scale + bias, v, row_max, row_sum, out, PRECISION, UPCAST
         )
     return row_max, row_sum, out
+
+
+@triton.jit
+def _select_inside(
+    q, query, rows, row_valid, query_stride_t, query_stride_d,
+    key_mean, value_mean, kv_row, log_weight, cuts, entries, first_block, member,
+    query_len, query_blocks, blocks, free_first, free_last, scale, row_max, row_sum, out,
+    BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    D_CHUNK: tl.constexpr, IN_CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Zeroth order and threshold routing in one: what is above the cut goes to `entries`.
+
+    Each query block attends its best free block at least. Whether any is above the cut is known at
+    the end only; if none is, which is rare, the best one's column is taken out of the sums again.
+    That costs no accuracy: the tokens of a block weigh no less than its centroid (Jensen), so what
+    is taken out is never large against the result.
+    """
+    block = first_block + tl.arange(0, PACK)
+    block_valid = block < query_blocks
+    cut = tl.load(cuts + tl.arange(0, PACK), mask=block_valid, other=float("inf"))  # [P]
+    length = tl.maximum(tl.minimum(query_len - block * BLOCK, BLOCK), 1).to(tl.float32)
+    # Where the search for the best begins, so that ties favour neither early nor late blocks.
+    origin = (block.to(tl.int64) * blocks // query_blocks).to(tl.int32)
+    count = 0
+    routed = tl.zeros([PACK], tl.int32)
+    best = tl.full([PACK], float("-inf"), tl.float32)
+    best_distance = tl.zeros([PACK], tl.int32)
+    for start in tl.range(0, blocks, COLUMNS):
+        score, v = _centroid_tile(
+            q, query, rows, row_valid, query_stride_t, query_stride_d,
+            key_mean, value_mean, kv_row, start, blocks, D, E, D_PAD, E_PAD, D_CHUNK,
+            IN_CHUNKS, COLUMNS, DESCRIPTORS, PRECISION, UPCAST,
+        )  # fmt: skip
+        score *= scale
+        columns = start + tl.arange(0, COLUMNS)
+        weight = tl.load(log_weight + columns, mask=columns < blocks, other=float("-inf"))
+        # Rows beyond the end are zero and so is their score.
+        proxy = _per_query_block(score, PACK) / length[:, None] * LN2  # [P, C]
+        present = (weight > float("-inf"))[None, :] & block_valid[:, None]
+        free = ((columns >= free_first) & (columns < free_last))[None, :]
+        selected = present & ((proxy > cut[:, None]) | ~free)  # [P, C]
+        routed += tl.sum((selected & free).to(tl.int32), axis=1)
+
+        proxy = tl.where(present & free, proxy, float("-inf"))
+        tile_best = tl.max(proxy, axis=1)
+        distance = (columns[None, :] - origin[:, None] + blocks) % blocks
+        distance = tl.where(proxy == tile_best[:, None], distance, blocks)
+        nearest = tl.min(distance, axis=1)
+        better = (tile_best > best) | ((tile_best == best) & (nearest < best_distance))
+        best_distance = tl.where(better, nearest, best_distance)
+        best = tl.maximum(best, tile_best)
+
+        members = tl.sum(selected.to(tl.int32) << tl.arange(0, PACK)[:, None], axis=0)  # [C]
+        taken = members != 0
+        position = count + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        tl.store(entries + position, columns | (members << ENTRY_BITS), mask=taken)
+        count += tl.sum(taken.to(tl.int32), axis=0)
+
+        bias = _per_row(tl.where(selected, float("-inf"), (weight * LOG2E)[None, :]), member, PACK)
+        row_max, row_sum, out = online_softmax(
+            score + bias, v, row_max, row_sum, out, PRECISION, UPCAST
+        )
+    none = (best > float("-inf")) & (routed == 0)
+    missing = tl.sum(none.to(tl.int32), axis=0)
+    for step in tl.range(0, tl.where(missing > 0, PACK, 0)):
+        own = none & (tl.arange(0, PACK) == step)
+        column = tl.sum(tl.where(own, (origin + best_distance) % blocks, 0), axis=0)
+        wanted = tl.sum(own.to(tl.int32), axis=0) > 0
+        score, v = _centroid_tile(
+            q, query, rows, row_valid, query_stride_t, query_stride_d,
+            key_mean, value_mean, kv_row, column // COLUMNS * COLUMNS, blocks,
+            D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, COLUMNS, DESCRIPTORS, PRECISION, UPCAST,
+        )  # fmt: skip
+        columns = column // COLUMNS * COLUMNS + tl.arange(0, COLUMNS)
+        weight = tl.load(log_weight + columns, mask=columns < blocks, other=float("-inf"))
+        removed = tl.where((columns == column) & wanted, weight * LOG2E, float("-inf"))[None, :]
+        removed = tl.where((member == step)[:, None], removed, float("-inf"))
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        mass = tl.exp2(score * scale + removed - shift[:, None])  # [R, C]
+        row_sum = tl.maximum(row_sum - tl.sum(mass, axis=1), 0.0)
+        out = dot((-mass).to(v.dtype), v, out, PRECISION, UPCAST)
+        # At the end of the list: only there sorting is given up, for a block of its own.
+        bit = tl.sum(own.to(tl.int32) << tl.arange(0, PACK), axis=0)
+        tl.store(entries + count, column | (bit << ENTRY_BITS), mask=wanted)
+        count += wanted.to(tl.int32)
+    # The list is read by other threads than those that wrote it.
+    tl.debug_barrier()
+    return count, row_max, row_sum, out
+
+
+@triton.jit
+def _per_query_block(score, PACK: tl.constexpr):
+    """Sum over the rows of each query block of a tile. [R, C] -> [P, C]"""
+    if PACK == 1:
+        total = tl.sum(score, axis=0)[None, :]
+    else:
+        shape: tl.constexpr = [PACK, score.shape[0] // PACK, score.shape[1]]
+        total = tl.sum(tl.reshape(score, shape), axis=1)
+    return total
+
+
+@triton.jit
+def _per_row(bias, member, PACK: tl.constexpr):
+    """A value per query block of a tile for each of its rows. [P, C] -> [R or 1, C]"""
+    if PACK > 1:
+        shape: tl.constexpr = [PACK, member.shape[0] // PACK, bias.shape[1]]
+        spread = tl.broadcast_to(bias[:, None, :], shape)
+        bias = tl.reshape(spread, [member.shape[0], bias.shape[1]])
+    return bias
 
 
 @triton.jit
@@ -120,7 +256,7 @@ def _first_order(
 @triton.jit
 def _exact_blocks(
     q, query, rows, row_valid, query_stride_t, query_stride_d,
-    key, value, key_mask, indices, count, member, batch, kv_head, key_len, scale,
+    key, value, key_mask, permutation, indices, count, member, batch, kv_head, key_len, scale,
     key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t,
     row_max, row_sum, out,
     BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -137,13 +273,14 @@ def _exact_blocks(
     for step in tl.range(0, count * parts):
         entry = tl.load(indices + step // parts)
         start = (entry & ENTRY_MASK) * BLOCK + (step % parts) * KEYS
-        first = tl.cast(start, tl.int64)
         # Masked keys are loaded as zeros: they may hold anything, NaN included.
-        valid = key_validity(key_mask, start, columns, key_len, mask_stride_t)  # [C]
+        base, tokens, valid = keys_of(
+            permutation, key_mask, start, columns, key_len, mask_stride_t
+        )  # [C]
         if IN_CHUNKS:
             score = _scores_in_chunks(
                 query, rows, row_valid, query_stride_t, query_stride_d,
-                key + first * key_stride_t, columns, valid, key_stride_t, key_stride_d,
+                key + base * key_stride_t, tokens, valid, key_stride_t, key_stride_d,
                 D, D_PAD, D_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
         else:
@@ -151,7 +288,7 @@ def _exact_blocks(
                 k = key.load([batch, kv_head, start, 0]).reshape([KEYS, D_PAD])  # [C, D]
             else:
                 k = load_tile(
-                    key + first * key_stride_t, columns, tl.arange(0, D_PAD),
+                    key + base * key_stride_t, tokens, tl.arange(0, D_PAD),
                     key_stride_t, key_stride_d, valid, D,
                 )  # [C, D]  # fmt: skip
             zero = tl.zeros([rows.shape[0], KEYS], tl.float32)
@@ -160,7 +297,7 @@ def _exact_blocks(
             v = value.load([batch, kv_head, start, 0]).reshape([KEYS, E_PAD])  # [C, E]
         else:
             v = load_tile(
-                value + first * value_stride_t, columns, tl.arange(0, E_PAD),
+                value + base * value_stride_t, tokens, tl.arange(0, E_PAD),
                 value_stride_t, value_stride_d, valid, E,
             )  # [C, E]  # fmt: skip
         bias = tl.where(valid, 0.0, float("-inf"))[None, :]
@@ -175,7 +312,8 @@ def _exact_blocks(
 
 @triton.jit(
     do_not_specialize=[
-        "head_start", "query_len", "key_len", "query_blocks", "blocks", "capacity", "index_tiles"
+        "head_start", "query_len", "key_len", "query_blocks", "blocks", "free_first", "free_last",
+        "capacity", "index_tiles",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -183,13 +321,15 @@ def forward_kernel(
     key,  # [B, G, Tk, D]: a pointer, or with DESCRIPTORS a descriptor
     value,  # [B, G, Tk, E]: likewise
     key_mask,  # uint8 [B, Tk] or None; must be None with DESCRIPTORS
+    permutation,  # int32 or int64 [T] or None; likewise
     key_mean,  # [kv heads, blocks, D] in the input dtype: a pointer or a descriptor
     value_mean,  # [kv heads, blocks, E] in the input dtype: likewise
     log_weight,  # float32 [kv heads, blocks]
     first_order,  # [kv heads, D, E] in the input dtype, or None
-    indices,  # int32 [heads, index_tiles, capacity]
-    counts,  # int32 [heads, index_tiles]
-    bitmap,  # int32 [heads, query blocks, WORDS]
+    indices,  # int32 [heads, index_tiles, capacity]; with INSIDE made here
+    counts,  # int32 [heads, index_tiles], or None with INSIDE
+    bitmap,  # int32 [heads, query blocks, WORDS], or None with INSIDE
+    cuts,  # float32 [heads, query blocks] with INSIDE, or None
     out,  # out [B, H, Tq, E]
     lse,  # out float32 [B, H, Tq]
     query_stride_b, query_stride_h, query_stride_t, query_stride_d,
@@ -200,9 +340,12 @@ def forward_kernel(
     head_start,  # first query head of this launch, counted over batch and heads
     heads,  # H
     group_size,  # query heads per key/value head
-    query_len, key_len, query_blocks, blocks, capacity, index_tiles,
+    query_len, key_len, query_blocks, blocks,
+    free_first, free_last,  # key blocks that routing chooses from; the others are always exact
+    capacity, index_tiles,
     scale,
     TAIL: tl.constexpr,
+    INSIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -229,13 +372,11 @@ def forward_kernel(
     pack: tl.constexpr = max(ROWS // BLOCK, 1)  # query blocks per query tile
     split: tl.constexpr = max(BLOCK // ROWS, 1)  # query tiles per query block
 
-    rows = tl.arange(0, ROWS)
+    places = tl.arange(0, ROWS)
     first_row = tile * ROWS
-    row_valid = first_row + rows < query_len
-    member = rows // BLOCK  # which query block of the tile a row belongs to
-    query += (
-        batch * query_stride_b + own_head * query_stride_h + first_row.to(tl.int64) * query_stride_t
-    )
+    member = places // BLOCK  # which query block of the tile a row belongs to
+    base, rows, row_valid = tokens_of(permutation, first_row, places, query_len)
+    query += batch * query_stride_b + own_head * query_stride_h + base * query_stride_t
     q = None
     if not IN_CHUNKS:
         q = load_tile(
@@ -245,20 +386,35 @@ def forward_kernel(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)  # of base-2 logits
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, E_PAD], tl.float32)
+    index_row = local_head.to(tl.int64) * index_tiles + tile // split
+    count = 0
+    if not INSIDE:
+        count = tl.load(counts + index_row)
     if TAIL:
         if not DESCRIPTORS:
             key_mean += local_kv * blocks * D
             value_mean += local_kv * blocks * E
         first_block = (tile // split) * pack
-        bitmap_row = local_head.to(tl.int64) * query_blocks + first_block
-        row_max, row_sum, acc = _centroids(
-            q, query, rows, row_valid, query_stride_t, query_stride_d,
-            key_mean, value_mean, local_kv.to(tl.int32),
-            log_weight + local_kv * blocks, bitmap + bitmap_row * WORDS,
-            first_block, member, query_blocks, blocks, scale * LOG2E, row_max, row_sum, acc,
-            D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, CENTROIDS, WORDS, pack, DESCRIPTORS,
-            PRECISION, UPCAST,
-        )  # fmt: skip
+        block_row = local_head.to(tl.int64) * query_blocks + first_block
+        if INSIDE:
+            count, row_max, row_sum, acc = _select_inside(
+                q, query, rows, row_valid, query_stride_t, query_stride_d,
+                key_mean, value_mean, local_kv.to(tl.int32),
+                log_weight + local_kv * blocks, cuts + block_row, indices + index_row * capacity,
+                first_block, member, query_len, query_blocks, blocks, free_first, free_last,
+                scale * LOG2E, row_max, row_sum, acc,
+                BLOCK, D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, CENTROIDS, pack, DESCRIPTORS,
+                PRECISION, UPCAST,
+            )  # fmt: skip
+        else:
+            row_max, row_sum, acc = _centroids(
+                q, query, rows, row_valid, query_stride_t, query_stride_d,
+                key_mean, value_mean, local_kv.to(tl.int32),
+                log_weight + local_kv * blocks, bitmap + block_row * WORDS,
+                first_block, member, query_blocks, blocks, scale * LOG2E, row_max, row_sum, acc,
+                D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, CENTROIDS, WORDS, pack, DESCRIPTORS,
+                PRECISION, UPCAST,
+            )  # fmt: skip
         if first_order is not None:
             acc = _first_order(
                 query, rows, row_valid, query_stride_t, query_stride_d,
@@ -267,10 +423,9 @@ def forward_kernel(
             )  # fmt: skip
     if key_mask is not None:
         key_mask += batch * mask_stride_b
-    index_row = local_head.to(tl.int64) * index_tiles + tile // split
     row_max, row_sum, acc = _exact_blocks(
         q, query, rows, row_valid, query_stride_t, query_stride_d,
-        key, value, key_mask, indices + index_row * capacity, tl.load(counts + index_row), member,
+        key, value, key_mask, permutation, indices + index_row * capacity, count, member,
         batch.to(tl.int32), kv_head.to(tl.int32), key_len, scale * LOG2E,
         key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t,
         row_max, row_sum, acc,
@@ -282,12 +437,12 @@ def forward_kernel(
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     log_sum = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(tl.where(empty, 1.0, row_sum)))
-    out += batch * out_stride_b + own_head * out_stride_h + first_row.to(tl.int64) * out_stride_t
+    out += batch * out_stride_b + own_head * out_stride_h + base * out_stride_t
     columns = tl.arange(0, E_PAD)
     tl.store(
         out + rows[:, None] * out_stride_t + columns[None, :],
         acc.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (columns < E)[None, :],
     )
-    lse += (batch * heads + own_head) * query_len + first_row
+    lse += (batch * heads + own_head) * query_len + base
     tl.store(lse + rows, log_sum, mask=row_valid)

@@ -8,7 +8,8 @@ from functools import cached_property
 from ..params import AttentionParams, block_count, exact_block_count, free_blocks
 from .configs import Config, padded_width
 
-MAX_BLOCKS = 8192
+# Programs of one launch along an axis of the grid that is not the first.
+MAX_GRID = 65_535
 # Query tiles in one group of heads: enough that the last, partly filled wave costs little.
 MIN_TILES = 4096
 # Share of the memory of query, key and value that a group's workspace may take beyond that.
@@ -16,6 +17,8 @@ WORKSPACE_SHARE = 0.015
 ROUTING_ROWS = 16
 # Elements of a score tile under selection: 16 registers per thread at 8 warps.
 SELECT_ELEMENTS = 4096
+# Programs per key head that sum up the squares of its queries.
+ENERGY_PARTS = 32
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Geometry:
     d: int
     e: int
     bytes_per_value: int
-    has_budget: bool
+    has_density: bool
+    masked: bool
+    permuted: bool
+    describable: bool  # whether the copy engine can address keys, values and their means
 
     @cached_property
     def size(self) -> int:
@@ -65,7 +71,8 @@ class Geometry:
     @cached_property
     def rows(self) -> int:
         """Query rows per program; a short sequence does not fill several blocks."""
-        return min(self.config.rows, max(padded_width(self.query_len), self.size))
+        rows = (self.config.guarded_rows if self.guarded else None) or self.config.rows
+        return min(rows, max(padded_width(self.query_len), self.size))
 
     @cached_property
     def keys(self) -> int:
@@ -86,8 +93,35 @@ class Geometry:
 
     @cached_property
     def select(self) -> int:
+        """Query blocks that routing selects for at a time; whole query tiles."""
         fitting = min(ROUTING_ROWS, max(1, SELECT_ELEMENTS // self.columns))
         return max(fitting, self.pack)
+
+    @cached_property
+    def select_columns(self) -> int:
+        """Key blocks per step of the selection: all of them, unless that is too many."""
+        return min(self.columns, SELECT_ELEMENTS // self.select)
+
+    @cached_property
+    def inside(self) -> bool:
+        """Whether the forward kernel decides what is exact, from its own centroid scores.
+
+        It then needs to have such scores, and all rows of a query block.
+        """
+        threshold = self.params.routing == "threshold" and self.params.order != "none"
+        allowed = self.config.inside_guarded if self.guarded else self.config.inside
+        return threshold and allowed and self.rows >= self.size
+
+    @cached_property
+    def descriptors(self) -> bool:
+        """Whether the copy engine reads keys and values; it masks no keys and gathers no rows."""
+        plain = self.describable and not self.masked and not self.permuted
+        return self.config.descriptors and plain
+
+    @cached_property
+    def guarded(self) -> bool:
+        """Whether the forward kernel guards or looks up every load, which takes registers."""
+        return not self.descriptors and (self.masked or self.permuted or not self.whole_width)
 
     @cached_property
     def free(self) -> tuple[int, int]:
@@ -109,7 +143,7 @@ class Geometry:
     def capacity(self) -> int:
         """Entries that a row of indices may need."""
         first, last = self.free
-        known = self.params.routing != "threshold" and not self.has_budget
+        known = self.params.routing != "threshold" and not self.has_density
         if not known or self.dense != (0, self.query_blocks):
             return self.blocks
         return min(self.blocks, self.pack * (self.count + self.blocks - (last - first)))
@@ -121,7 +155,11 @@ class Geometry:
 
     @cached_property
     def first_order(self) -> bool:
-        return self.params.order == "hybrid"
+        return self.params.first_order
+
+    @cached_property
+    def corrected(self) -> bool:
+        return self.params.order == "corrected"
 
     @cached_property
     def covariance(self) -> bool:
@@ -161,12 +199,17 @@ class Geometry:
         least = block_count(MIN_TILES, tiles)
         per_head = self.blocks * (self.d * (4 + self.bytes_per_value) + self.e * 2)
         per_head += self.group_size * self.index_tiles * self.capacity * 4
-        per_head += self.group_size * self.query_blocks * self.columns // 8
+        per_head += self.group_size * self.query_blocks * (4 if self.inside else self.columns // 8)
         per_head += self.d * self.e * 4 * (1 + self.splits(least))
         inputs = self.group_size * self.query_len * self.d + self.key_len * (self.d + self.e)
         affordable = int(WORKSPACE_SHARE * total * inputs * self.bytes_per_value / per_head)
-        groups = block_count(total, min(total, max(least, affordable)))
+        launchable = MAX_GRID // self.group_size
+        groups = block_count(total, min(total, launchable, max(least, affordable)))
         return block_count(total, groups)
+
+    @cached_property
+    def energy_rows(self) -> int:
+        return block_count(self.query_len, ENERGY_PARTS)
 
     @cached_property
     def row_groups(self) -> int:

@@ -16,16 +16,21 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..params import AttentionParams, block_count
+from ..params import MASS_FACTOR_LIMIT, AttentionParams, block_count
 from ..reference import COVARIANCE_EPS
 from .block_statistics import block_statistics_kernel, covariance_kernel, first_order_kernel
 from .configs import Config, lookup, padded_width
 from .configs import Launch as Options
 from .forward import forward_kernel
-from .geometry import ROUTING_ROWS, Device, Geometry
+from .geometry import ENERGY_PARTS, ROUTING_ROWS, Device, Geometry
+from .query_statistics import query_energy_kernel
 from .routing import route_kernel
+from .thresholds import centroid_moments_kernel, cut_kernel
 
 ROUTING_D_CHUNK = 64
+ENERGY_ROWS = 32
+MOMENT_TILE = 64
+MOMENT_BLOCKS = 32
 REDUCE_TILE = 512
 # Offsets inside a tile are 32-bit; only offsets of whole tiles are 64-bit. The largest tile is the
 # 16 query blocks of up to 128 tokens that a routing program averages.
@@ -40,6 +45,7 @@ class KernelLaunch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int]
+    multiplies: bool = True  # whether it has matrix products, which belong on tensor cores
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,36 @@ class Plan:
     launches: list[KernelLaunch] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Call:
+    """The tensors of one call, as the kernels take them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None  # uint8 [B, Tk]
+    density: Tensor | None  # float32 [1 or H]
+    permutation: Tensor | None  # int32 or int64 [T]
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def density_arguments(self) -> dict[str, Any]:
+        shared = self.density is None or self.density.numel() == 1
+        stride = 0 if shared or self.density is None else self.density.stride(0)
+        return {"density": self.density, "density_stride": stride}
+
+
 def plan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     params: AttentionParams,
-    budget: Tensor | None,
     device: Device,
+    *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
     config: Config | None = None,
 ) -> Plan:
     batch, heads, query_len, d = query.shape
@@ -66,25 +94,35 @@ def plan(
     if out.numel() == 0 or key_len == 0:
         return Plan(out.zero_(), lse.fill_(-torch.inf))
 
-    bits = 8 * query.element_size()
-    geometry = Geometry(
-        params, device, config or lookup(device.arch, d, e, bits), batch, heads, kv_heads,
-        query_len, key_len, d, e, query.element_size(), budget is not None,
+    dtype, bits = str(query.dtype).removeprefix("torch."), 8 * query.element_size()
+    g = Geometry(
+        params, device, config or lookup(device.arch, d, e, dtype), batch, heads, kv_heads,
+        query_len, key_len, d, e, query.element_size(),
+        has_density=density is not None, masked=key_mask is not None,
+        permuted=permutation is not None,
+        describable=_describable(key, value) and d * bits % 128 == 0 and e * bits % 128 == 0,
     )  # fmt: skip
-    query, key, value = (_with_small_span(t) for t in (query, key, value))
-    mask = None if key_mask is None else key_mask.view(torch.uint8)
-    if budget is not None:
-        budget = budget.contiguous()
-    buffers = _Buffers.allocate(geometry, query)
+    call = Call(
+        query=_with_small_span(query),
+        key=_with_small_span(key),
+        value=_with_small_span(value),
+        mask=None if key_mask is None else key_mask.view(torch.uint8),
+        density=None if density is None else density.reshape(-1),
+        permutation=None if permutation is None else permutation.contiguous(),
+        out=out,
+        lse=lse,
+    )
+    buffers = _Buffers.allocate(g, query)
     work = Plan(out, lse)
     total = batch * kv_heads
-    for start in range(0, total, geometry.group):
-        count = min(geometry.group, total - start)
-        work.launches.extend(_statistics(geometry, buffers, key, value, mask, start, count))
-        work.launches.append(_routing(geometry, buffers, query, budget, start, count))
-        work.launches.append(
-            _forward(geometry, buffers, query, key, value, mask, out, lse, start, count)
-        )
+    for start in range(0, total, g.group):
+        count = min(g.group, total - start)
+        work.launches.extend(_statistics(g, buffers, call, start, count))
+        if g.inside:
+            work.launches.extend(_cuts(g, buffers, call, start, count))
+        else:
+            work.launches.append(_routing(g, buffers, call, start, count))
+        work.launches.append(_forward(g, buffers, call, start, count))
     return work
 
 
@@ -121,10 +159,15 @@ class _Buffers:
     first_order: Tensor | None  # [kv heads, D, E] in the input dtype
     mean_matrix: Tensor | None  # float32 [kv heads, D, E]
     score_bias: Tensor | None  # float32 [kv heads, N]
-    scratch: Tensor  # float32 [programs, 16, N rounded up]
+    energy: Tensor | None  # float32 [kv heads, parts, D]
     indices: Tensor  # int32 [heads, index tiles, capacity]
-    counts: Tensor  # int32 [heads, index tiles]
-    bitmap: Tensor  # int32 [heads, M, words]
+    # Of the routing kernel:
+    scratch: Tensor | None  # float32 [programs, 16, N rounded up]
+    counts: Tensor | None  # int32 [heads, index tiles]
+    bitmap: Tensor | None  # int32 [heads, M, words]
+    # Of threshold routing in the forward kernel:
+    moments: tuple[Tensor, Tensor] | None  # float32 [kv heads, D] and [kv heads, D, D]
+    cuts: Tensor | None  # float32 [heads, M]
 
     @staticmethod
     def allocate(g: Geometry, like: Tensor) -> _Buffers:
@@ -148,15 +191,23 @@ class _Buffers:
             first_order=empty(kv_heads, g.d, g.e, dtype=like.dtype) if g.first_order else None,
             mean_matrix=empty(kv_heads, g.d, g.e) if g.covariance else None,
             score_bias=empty(kv_heads, g.blocks) if g.covariance else None,
-            scratch=empty(g.routing_programs(heads), ROUTING_ROWS, g.scratch_stride),
+            energy=empty(kv_heads, ENERGY_PARTS, g.d) if g.corrected else None,
             indices=empty(heads, g.index_tiles, g.capacity, dtype=torch.int32),
-            counts=empty(heads, g.index_tiles, dtype=torch.int32),
-            bitmap=empty(heads, g.query_blocks, g.columns // 32, dtype=torch.int32),
+            scratch=None
+            if g.inside
+            else empty(g.routing_programs(heads), ROUTING_ROWS, g.scratch_stride),
+            counts=None if g.inside else empty(heads, g.index_tiles, dtype=torch.int32),
+            bitmap=None
+            if g.inside
+            else empty(heads, g.query_blocks, g.columns // 32, dtype=torch.int32),
+            moments=(empty(kv_heads, g.d), empty(kv_heads, g.d, g.d)) if g.inside else None,
+            cuts=empty(heads, g.query_blocks) if g.inside else None,
         )
 
 
 def _options(options: Options) -> dict[str, int]:
-    return {"num_warps": options.warps, "num_stages": options.stages}
+    chosen = {"num_warps": options.warps, "num_stages": options.stages}
+    return chosen if options.registers is None else {**chosen, "maxnreg": options.registers}
 
 
 def _strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
@@ -172,22 +223,41 @@ def _dot_arguments(g: Geometry) -> dict[str, Any]:
     }
 
 
+def _routing_dot_arguments(g: Geometry) -> dict[str, Any]:
+    """Scores that decide are products of float32 means whatever the inputs."""
+    return {
+        "PRECISION": g.device.float32_precision,
+        "UPCAST": g.device.arch == "interpreter",
+    }
+
+
+def _energy(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) -> KernelLaunch:
+    arguments = {
+        "query": call.query, "energy": buffers.energy, **_strides("query", call.query, "bhtd"),
+        "head_start": start, "kv_heads": g.kv_heads, "group_size": g.group_size,
+        "query_len": g.query_len, "part_rows": g.energy_rows,
+        "share": 1.0 / (g.group_size * g.query_len),
+        "D": g.d, "D_PAD": padded_width(g.d), "ROWS": ENERGY_ROWS,
+    }  # fmt: skip
+    grid = (ENERGY_PARTS, count)
+    options = {"num_warps": 8}
+    return KernelLaunch("energy", query_energy_kernel, grid, arguments, options, multiplies=False)
+
+
 def _statistics(
-    g: Geometry,
-    buffers: _Buffers,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    start: int,
-    count: int,
+    g: Geometry, buffers: _Buffers, call: Call, start: int, count: int
 ) -> list[KernelLaunch]:
+    launches = []
+    if buffers.energy is not None:
+        launches.append(_energy(g, buffers, call, start, count))
     splits = g.splits(g.group)
     d_tile, e_tile = g.matrix_tiles
     low = buffers.key_mean_low
     inputs = {
-        "key": key, "value": value, "key_mask": mask, "key_mean": buffers.key_mean,
-        **_strides("key", key, "bhtd"), **_strides("value", value, "bhtd"),
-        **_strides("mask", mask, "bt"),
+        "key": call.key, "value": call.value, "key_mask": call.mask,
+        "permutation": call.permutation, "key_mean": buffers.key_mean,
+        **_strides("key", call.key, "bhtd"), **_strides("value", call.value, "bhtd"),
+        **_strides("mask", call.mask, "bt"),
         "head_start": start, "kv_heads": g.kv_heads, "key_len": g.key_len, "blocks": g.blocks,
         "BLOCK": g.size, "D": g.d, "E": g.e, "D_TILE": d_tile, "E_TILE": e_tile,
         **_dot_arguments(g),
@@ -201,9 +271,16 @@ def _statistics(
         "partial": buffers.partial,
         "partial_counts": buffers.counts_partial,
         "blocks_per_split": block_count(g.blocks, splits),
+        "energy": buffers.energy,
+        "scale": g.params.scale,
+        "PARTS": ENERGY_PARTS,
+        "LIMIT": MASS_FACTOR_LIMIT,
     }
     grid: tuple[int, ...] = (splits, g.matrix_programs, count)
-    launches = [KernelLaunch("statistics", block_statistics_kernel, grid, arguments, options)]
+    products = buffers.partial is not None
+    launches.append(
+        KernelLaunch("statistics", block_statistics_kernel, grid, arguments, options, products)
+    )
     if buffers.partial is not None:
         arguments = {
             "partial": buffers.partial,
@@ -216,8 +293,9 @@ def _statistics(
             "TILE": REDUCE_TILE,
         }
         grid = (block_count(g.d * g.e, REDUCE_TILE), count)
+        warps = {"num_warps": 4}
         launches.append(
-            KernelLaunch("first_order", first_order_kernel, grid, arguments, {"num_warps": 4})
+            KernelLaunch("first_order", first_order_kernel, grid, arguments, warps, False)
         )
     if buffers.score_bias is not None:
         d_tile, e_tile = g.norm_tiles
@@ -226,21 +304,54 @@ def _statistics(
             "D_TILE": d_tile, "E_TILE": e_tile, "EPS": COVARIANCE_EPS,
         }  # fmt: skip
         grid = (g.blocks, count)
+        options = _options(g.config.covariance)
         launches.append(KernelLaunch("covariance", covariance_kernel, grid, arguments, options))
     return launches
 
 
-def _routing(
-    g: Geometry, buffers: _Buffers, query: Tensor, budget: Tensor | None, start: int, count: int
-) -> KernelLaunch:
+def _cuts(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) -> list[KernelLaunch]:
+    assert buffers.moments is not None
+    first, last = g.free
+    dense_first, dense_last = g.dense
+    mean, covariance = buffers.moments
+    tile = min(MOMENT_TILE, padded_width(g.d))
+    options = _options(g.config.routing)
+    moments = {
+        "key_mean": buffers.key_mean, "log_weight": buffers.log_weight,
+        "mean": mean, "covariance": covariance,
+        "blocks": g.blocks, "free_first": first, "free_last": last,
+        "D": g.d, "TILE": tile, "BLOCKS": MOMENT_BLOCKS, **_routing_dot_arguments(g),
+    }  # fmt: skip
+    cuts = {
+        "query": call.query, "permutation": call.permutation,
+        "mean": mean, "covariance": covariance, "cuts": buffers.cuts,
+        **call.density_arguments, **_strides("query", call.query, "bhtd"),
+        "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
+        "query_len": g.query_len, "query_blocks": g.query_blocks,
+        "dense_first": dense_first, "dense_last": dense_last,
+        "beta": g.params.threshold_beta, "scale": g.params.scale,
+        "BLOCK": g.size, "D": g.d, "D_PAD": padded_width(g.d),
+        "D_CHUNK": min(ROUTING_D_CHUNK, padded_width(g.d)), "ROWS": ROUTING_ROWS,
+        **_routing_dot_arguments(g),
+    }  # fmt: skip
+    tiles = block_count(g.d, tile) ** 2
+    rows = (g.row_groups, count * g.group_size)
+    return [
+        KernelLaunch("moments", centroid_moments_kernel, (tiles, count), moments, options),
+        KernelLaunch("cuts", cut_kernel, rows, cuts, options),
+    ]
+
+
+def _routing(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) -> KernelLaunch:
     heads = count * g.group_size
     first, last = g.free
     dense_first, dense_last = g.dense
     arguments = {
-        "query": query, "key_mean": buffers.key_mean, "log_weight": buffers.log_weight,
-        "score_bias": buffers.score_bias, "budget": budget, "scratch": buffers.scratch,
+        "query": call.query, "permutation": call.permutation,
+        "key_mean": buffers.key_mean, "log_weight": buffers.log_weight,
+        "score_bias": buffers.score_bias, "scratch": buffers.scratch,
         "indices": buffers.indices, "counts": buffers.counts, "bitmap": buffers.bitmap,
-        **_strides("query", query, "bhtd"),
+        **call.density_arguments, **_strides("query", call.query, "bhtd"),
         "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
         "query_len": g.query_len, "query_blocks": g.query_blocks, "blocks": g.blocks,
         "free_first": first, "free_last": last,
@@ -252,31 +363,18 @@ def _routing(
         "BLOCK": g.size, "D": g.d, "D_PAD": padded_width(g.d),
         "D_CHUNK": min(ROUTING_D_CHUNK, padded_width(g.d)),
         "ROWS": ROUTING_ROWS, "SELECT": g.select, "COLUMNS": g.config.columns,
-        "N": g.columns, "PACK": g.pack,
-        "PRECISION": g.device.float32_precision, "UPCAST": g.device.arch == "interpreter",
+        "N": g.columns, "T": g.select_columns, "PACK": g.pack, **_routing_dot_arguments(g),
     }  # fmt: skip
     grid = (g.routing_programs(heads),)
     return KernelLaunch("routing", route_kernel, grid, arguments, _options(g.config.routing))
 
 
-def _forward(
-    g: Geometry,
-    buffers: _Buffers,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    start: int,
-    count: int,
-) -> KernelLaunch:
+def _forward(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) -> KernelLaunch:
     sources: dict[str, Any] = {
-        "key": key, "value": value,
+        "key": call.key, "value": call.value,
         "key_mean": buffers.key_mean_low, "value_mean": buffers.value_mean,
     }  # fmt: skip
-    descriptors = g.config.descriptors and mask is None and _describable(*sources.values())
-    if descriptors:
+    if g.descriptors:
         shapes = {
             "key": [1, 1, g.keys, padded_width(g.d)],
             "value": [1, 1, g.keys, padded_width(g.e)],
@@ -285,25 +383,30 @@ def _forward(
         }
         sources = {name: _descriptor(t, shapes[name]) for name, t in sources.items()}
     arguments = {
-        "query": query, **sources, "key_mask": mask, "log_weight": buffers.log_weight,
-        "first_order": buffers.first_order, "indices": buffers.indices,
-        "counts": buffers.counts, "bitmap": buffers.bitmap, "out": out, "lse": lse,
-        **_strides("query", query, "bhtd"), **_strides("key", key, "bhtd"),
-        **_strides("value", value, "bhtd"), **_strides("mask", mask, "bt"),
-        "out_stride_b": out.stride(0), "out_stride_h": out.stride(1),
-        "out_stride_t": out.stride(2),
+        "query": call.query, **sources, "key_mask": call.mask, "permutation": call.permutation,
+        "log_weight": buffers.log_weight, "first_order": buffers.first_order,
+        "indices": buffers.indices, "counts": buffers.counts, "bitmap": buffers.bitmap,
+        "cuts": buffers.cuts, "out": call.out, "lse": call.lse,
+        **_strides("query", call.query, "bhtd"), **_strides("key", call.key, "bhtd"),
+        **_strides("value", call.value, "bhtd"), **_strides("mask", call.mask, "bt"),
+        "out_stride_b": call.out.stride(0), "out_stride_h": call.out.stride(1),
+        "out_stride_t": call.out.stride(2),
         "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
         "query_len": g.query_len, "key_len": g.key_len, "query_blocks": g.query_blocks,
-        "blocks": g.blocks, "capacity": g.capacity, "index_tiles": g.index_tiles,
-        "scale": g.params.scale, "TAIL": g.params.order != "none",
+        "blocks": g.blocks, "free_first": g.free[0], "free_last": g.free[1],
+        "capacity": g.capacity, "index_tiles": g.index_tiles,
+        "scale": g.params.scale, "TAIL": g.params.order != "none", "INSIDE": g.inside,
         "BLOCK": g.size, "D": g.d, "E": g.e,
         "D_PAD": padded_width(g.d), "E_PAD": padded_width(g.e),
         "ROWS": g.rows, "KEYS": g.keys, "CENTROIDS": g.config.centroids,
         "D_CHUNK": min(g.config.d_chunk, padded_width(g.d)), "IN_CHUNKS": g.config.in_chunks,
         "WORDS": g.columns // 32,
-        "DESCRIPTORS": descriptors, **_dot_arguments(g),
+        "DESCRIPTORS": g.descriptors, **_dot_arguments(g),
     }  # fmt: skip
     grid = (block_count(g.query_len, g.rows), count * g.group_size)
-    guarded = not descriptors and (mask is not None or not g.whole_width)
-    options = (g.config.guarded if guarded else None) or g.config.forward
-    return KernelLaunch("forward", forward_kernel, grid, arguments, _options(options))
+    options = g.config.guarded if g.guarded else None
+    if options is None and g.inside:
+        options = g.config.selecting
+    return KernelLaunch(
+        "forward", forward_kernel, grid, arguments, _options(options or g.config.forward)
+    )

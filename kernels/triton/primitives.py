@@ -29,14 +29,32 @@ def load_tile(pointer, rows, columns, row_stride, column_stride, row_valid, WIDT
 
 
 @triton.jit
-def key_validity(key_mask, start, rows, key_len, mask_stride):
-    """Which of the tokens `start + rows` exist and take part. `key_mask` points at one batch."""
-    valid = start + rows < key_len
+def tokens_of(permutation, start, rows, length):
+    """Tokens at the places `start + rows`: (base, rows, valid), token `base + rows[n]` each.
+
+    In the tokens' own order `rows` stays a constant and the 64-bit `base` moves, which is what
+    pointers are cheapest to make from. A permutation is looked up, and what it holds is checked:
+    a wrong entry may cost a token but reads no foreign memory.
+    """
+    valid = start + rows < length
+    base = tl.cast(start, tl.int64)
+    if permutation is not None:
+        tokens = tl.load(permutation + base + rows, mask=valid, other=-1).to(tl.int64)
+        valid = (tokens >= 0) & (tokens < length)
+        rows = tokens
+        base = 0
+    return base, rows, valid
+
+
+@triton.jit
+def keys_of(permutation, key_mask, start, rows, key_len, mask_stride):
+    """`tokens_of`, valid only where the key also takes part. `key_mask` points at one batch."""
+    base, rows, valid = tokens_of(permutation, start, rows, key_len)
     if key_mask is not None:
-        offsets = (start + rows).to(tl.int64) * mask_stride
+        offsets = (base + rows).to(tl.int64) * mask_stride
         present = tl.load(key_mask + offsets, mask=valid, other=0)
         valid = valid & (present != 0)
-    return valid
+    return base, rows, valid
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from ..kernels.params import AttentionParams, block_count, exact_block_count, fr
 MARGIN = 0.95
 # Fewer key blocks leave routing nothing to choose from, however fast it would be.
 MIN_BLOCKS = 16
+DENSE_TERMS, SPARSE_TERMS = 3, 4
 _LONGEST = 1 << 20
 
 

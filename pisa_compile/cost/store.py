@@ -21,7 +21,7 @@ import torch
 from ..kernels import dispatch
 from ..kernels.params import AttentionParams
 from .measure import measure
-from .model import Profile
+from .model import DENSE_TERMS, SPARSE_TERMS, Profile
 
 _SCHEMA = 1
 _log = logging.getLogger(__name__)
@@ -112,7 +112,10 @@ def _read(path: Path, key: dict[str, Any]) -> Profile | None:
         content = json.loads(path.read_text())
         if content["key"] != key:
             return None
-        return Profile(tuple(map(float, content["dense"])), tuple(map(float, content["sparse"])))
+        found = Profile(tuple(map(float, content["dense"])), tuple(map(float, content["sparse"])))
+        if (len(found.dense), len(found.sparse)) != (DENSE_TERMS, SPARSE_TERMS):
+            raise ValueError("it has another number of rates")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

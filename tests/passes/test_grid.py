@@ -25,7 +25,15 @@ from ..diffusers_models import CASES, Case
 from .tracing import Rewritten, check_metadata, rewrite
 
 WIDTH, HEADS, TEXT = 16, 2, 10
-POLICY = Policy(sparsity=0.5, block_size=16, min_tokens=0, impl="reference")
+POLICY = Policy(
+    sparsity=0.5,
+    order="hybrid",
+    block_size=16,
+    min_tokens=0,
+    impl="reference",
+    curve="hilbert",
+)
+OPTIONS = {"min_tokens": 0, "block_size": 16, "inner": "eager", "preset": None, "curve": "hilbert"}
 WEIGHT = torch.randn(WIDTH, WIDTH, 2, 2, generator=torch.Generator().manual_seed(1)) / 4
 ORDER = torch.ops.pisa.token_order.default
 
@@ -110,7 +118,7 @@ def specified(q: Tensor, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0
     """The specification on queries, keys and values `q` [B, H, T, D]."""
     order = torch.arange(q.shape[2])
     order[prefix : q.shape[2] - suffix] = prefix + curve(grid, "hilbert").long()
-    params = AttentionParams(q.shape[3] ** -0.5, 0.5, 16, exact=(prefix, suffix))
+    params = AttentionParams(q.shape[3] ** -0.5, 0.5, 16, order="hybrid", exact=(prefix, suffix))
     return attention(q, q, q, None, params, permutation=order)[0]
 
 
@@ -223,6 +231,7 @@ def test_raster_order_when_asked_for_or_when_nothing_is_known() -> None:
     result = rewrite(conv2d, picture(12, 18), policy=Policy(curve="raster").over(POLICY))
     assert orders(result) == []
     assert result.decisions[0].notes == ()
+    assert result.decisions[0].policy.grid == (6, 9)  # known all the same
 
 
 @pytest.mark.parametrize(
@@ -403,7 +412,7 @@ def test_found_with_nothing_but_the_backend(
     for site in joint:
         if site.replaced:
             assert (site.policy.exact, site.policy.grid) == (exact, grid)
-            assert f"{'x'.join(map(str, grid))} hilbert" in _policy_text(site.policy)
+            assert f"{'x'.join(map(str, grid))} raster" in _policy_text(site.policy)
     assert any(site.replaced for site in joint)
 
 
@@ -412,7 +421,7 @@ def test_found_with_nothing_but_the_backend(
 def test_equal_to_dense_at_sparsity_zero(kind: str, how: str) -> None:
     pytest.importorskip("diffusers")
     case: Case = CASES[REAL[kind][0]]
-    options = {"sparsity": 0.0, "min_tokens": 0, "block_size": 16, "inner": "eager", "preset": None}
+    options = {**OPTIONS, "sparsity": 0.0}
     torch._dynamo.reset()
     model = case.build()
     with torch.no_grad():
@@ -431,7 +440,7 @@ def test_a_block_that_is_compiled_alone_follows_the_picture() -> None:
     pytest.importorskip("diffusers")
     case = CASES["FluxTransformer2DModel"]
     torch._dynamo.reset()
-    options = {"sparsity": 0.8, "min_tokens": 0, "block_size": 16, "inner": "eager", "preset": None}
+    options = {**OPTIONS, "sparsity": 0.8}
     blocks, alone = case.build(), case.build()
     blocks.compile_repeated_blocks(backend="pisa", fullgraph=True, options=options)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from pisa_compile.policy import Policy
 from .tracing import Rewritten, check_metadata, rewrite
 
 WIDTH, HEADS, TEXT, IMAGE = 16, 2, 10, 40
-RASTER = Policy(sparsity=0.5, block_size=16, min_tokens=0, impl="reference", curve="raster")
+RASTER = Policy(sparsity=0.5, order="hybrid", block_size=16, min_tokens=0, impl="reference")
 
 
 def inputs(text: int = TEXT, image: int = IMAGE) -> tuple[Tensor, Tensor]:

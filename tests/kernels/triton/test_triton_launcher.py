@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from pisa_compile.kernels import triton
+from pisa_compile.kernels import dispatch, triton
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import Inputs, random_inputs
+from pisa_compile.kernels.triton import configs, tune
 from pisa_compile.kernels.triton.compile_check import launches_of
 from pisa_compile.kernels.triton.geometry import Device
 from pisa_compile.kernels.triton.launcher import check
@@ -43,8 +45,9 @@ def _with(**changes: Any) -> tuple[Inputs, AttentionParams]:
         ({"key": INPUTS.key[:, :, :50]}, "expected query"),
         ({"query": INPUTS.query[:, :3]}, "multiple of G"),
         ({"query": torch.zeros(2, 4, 9, 320), "key": torch.zeros(2, 2, 100, 320)}, "up to 256"),
-        ({"key": torch.zeros(2, 2, 200_000, 64), "value": torch.zeros(2, 2, 200_000, 1),
-          "block_size": 16}, "at most 8192 key blocks"),
+        ({"key": torch.empty(2, 2, 2**20 + 16, 64, device="meta"),
+          "value": torch.empty(2, 2, 2**20 + 16, 1, device="meta"),
+          "block_size": 16}, "at most 65536 key blocks are supported, got 65537"),
         ({"key_mask": torch.ones(2, 100)}, "boolean"),
         ({"key_mask": torch.ones(2, 99, dtype=torch.bool)}, "key_mask"),
         ({"key_mask": torch.ones(2, 100, dtype=torch.bool, device="meta")}, "one device"),
@@ -54,12 +57,92 @@ def _with(**changes: Any) -> tuple[Inputs, AttentionParams]:
 def test_refusals_say_what_is_supported(changes: dict[str, Any], message: str) -> None:
     inputs, params = _with(**changes)
     with pytest.raises(ValueError, match=message):
-        check(*inputs.astuple(), params, None)
+        check(*inputs.astuple(), params)
 
 
-def test_budget_is_checked() -> None:
-    with pytest.raises(ValueError, match="budget must be float32"):
-        check(*INPUTS.astuple(), PARAMS, torch.ones(2))
+@pytest.mark.parametrize(
+    "density", [torch.ones(2), torch.ones(1, 4), torch.ones(4, dtype=torch.float64)]
+)
+def test_density_is_checked(density: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"density must be float32 \[\] or \[H\] = \[4\]"):
+        check(*INPUTS.astuple(), PARAMS, density)
+
+
+@pytest.mark.parametrize(
+    "permutation", [torch.arange(99), torch.arange(100).short(), torch.arange(100)[None]]
+)
+def test_permutation_is_checked(permutation: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="permutation must be int32 or int64"):
+        check(*INPUTS.astuple(), PARAMS, None, permutation)
+
+
+def test_permutation_needs_self_attention() -> None:
+    inputs = random_inputs(query_len=100, key_len=90)
+    with pytest.raises(ValueError, match="as many keys as queries, .* 90 keys"):
+        check(*inputs.astuple(), PARAMS, None, torch.arange(100))
+
+
+def test_dispatch_knows_how_many_blocks_there_may_be() -> None:
+    """Otherwise a site would be replaced and the call then fail."""
+
+    def reason(key_len: Any) -> str | None:
+        device, small = torch.device("cuda"), replace(PARAMS, block_size=16)
+        return dispatch.refusal("triton", device, torch.float16, 64, 64, small, key_len)
+
+    assert reason(2**20) is None
+    assert "up to 65536 key blocks, not 65537; use a larger block_size" in str(reason(2**20 + 1))
+    assert reason(None) is None
+
+
+def test_a_long_row_is_searched_in_tiles() -> None:
+    def tile(tokens: int, **settings: Any) -> tuple[int, int]:
+        launches = launches_of("sm_90", 64, torch.float16, tokens=tokens, **settings)
+        arguments = next(x.arguments for x in launches if x.name == "routing")
+        return arguments["T"], arguments["N"]
+
+    assert tile(2048 * 64) == (2048, 2048)
+    assert tile(4096 * 64) == (4096, 4096)
+    assert tile(4097 * 64) == (4096, 8192)
+    assert tile(75_600, block_size=16) == (1024, 8192)
+
+
+def test_no_map_of_scores_is_made() -> None:
+    """With 2,048 blocks one of float32 scores would take 16 MB per head, 800 MB in all."""
+
+    def largest(heads: int) -> int:
+        launches = launches_of("sm_90", 128, torch.bfloat16, tokens=2048 * 64, heads=heads)
+        (routing,) = (launch for launch in launches if launch.name == "routing")
+        found = (routing.arguments[name] for name in ("scratch", "bitmap"))
+        return max(tensor.numel() * tensor.element_size() for tensor in found)
+
+    assert largest(24) < 40 << 20
+    assert largest(24) == largest(96)
+
+
+def test_many_heads_fit_the_grid() -> None:
+    launches = launches_of("sm_90", 64, torch.float16, tokens=64, heads=40_000)
+    assert all(size <= 65_535 for launch in launches for size in launch.grid[1:])
+
+
+def test_configuration_survives_a_file(tmp_path: Path) -> None:
+    for architecture in ("sm_80", "sm_90", "gfx942"):
+        for width in (64, 256):
+            config = configs.lookup(architecture, width, width, "bfloat16")
+            entry = {"architecture": "x", "width": width, "dtype": "bfloat16", "config": config}
+            configs.write_table(tmp_path / "table.json", [entry])
+            assert configs.read_table(tmp_path / "table.json") == {("x", width, "bfloat16"): config}
+
+
+def test_unknown_architecture_gets_that_of_a_relative(caplog: pytest.LogCaptureFixture) -> None:
+    assert configs.lookup("sm_99", 64, 64, "float16") == configs.lookup("sm_86", 64, 64, "float16")
+    assert "no kernel configurations for sm_99" in caplog.text
+
+
+def test_tuning_needs_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert tune.main(["--output", str(tmp_path / "table.json")]) == 1
+    assert "needs a CUDA or ROCm device" in capsys.readouterr().err
 
 
 VIDEO = {
@@ -71,14 +154,19 @@ VIDEO = {
 
 @pytest.mark.parametrize(("tokens", "heads"), VIDEO.values(), ids=VIDEO.keys())
 @pytest.mark.parametrize("sparsity", [0.75, 0.875, 0.95])
-def test_workspace_stays_below_three_percent(tokens: int, heads: int, sparsity: float) -> None:
+@pytest.mark.parametrize(
+    ("order", "routing"), [("hybrid", "topk"), ("corrected", "topk"), ("corrected", "threshold")]
+)
+def test_workspace_stays_below_three_percent(
+    tokens: int, heads: int, sparsity: float, order: str, routing: str
+) -> None:
     def tensor() -> torch.Tensor:
         memory = torch.empty(1, tokens, heads, 128, dtype=torch.bfloat16, device="meta")
         return memory.transpose(1, 2)
 
     query, key, value = tensor(), tensor(), tensor()
-    params = AttentionParams(scale=0.1, sparsity=sparsity)
-    work = plan(query, key, value, None, params, None, Device("sm_90", 132))
+    params = AttentionParams(scale=0.1, sparsity=sparsity, order=order, routing=routing)
+    work = plan(query, key, value, None, params, Device("sm_90", 132))
     outside = [query, key, value, work.out, work.lse]
     used: dict[int, int] = {}
     for launch in work.launches:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pisa_compile.kernels import reference, triton
 from pisa_compile.kernels.params import (
     AttentionParams,
-    exact_block_count,
+    exact_block_counts,
     free_blocks,
 )
 from pisa_compile.kernels.testing import (
@@ -18,7 +18,6 @@ from pisa_compile.kernels.testing import (
     poisoned_memory,
     random_inputs,
     relative_l2,
-    specified,
 )
 
 # Float32 arithmetic in another order may be this much worse than the reference's in float32.
@@ -35,16 +34,21 @@ def case(**options: Any) -> tuple[Inputs, AttentionParams]:
 
 
 def run(
-    inputs: Inputs, params: AttentionParams, budget: Tensor | None = None
+    inputs: Inputs,
+    params: AttentionParams,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with poisoned_memory():
-        return triton.attention(*inputs.astuple(), params, budget=budget)
+        return triton.attention(*inputs.astuple(), params, density=density, permutation=permutation)
 
 
 def assert_specified(
     inputs: Inputs,
     params: AttentionParams,
     *,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
     tolerance: float = 0.0,
     lse_tolerance: float = 0.0,
 ) -> None:
@@ -52,10 +56,16 @@ def assert_specified(
 
     The error may be TOLERANCE_FACTOR times that of the reference in float32, or as given.
     """
-    assert routing_gap(inputs, params) > 1e-5, "the test's inputs have a near-tie: change the seed"
-    expected = specified(inputs, params)
-    reference_out, reference_lse = reference.attention(*inputs.to(torch.float32).astuple(), params)
-    out, lse = run(inputs, params)
+    gap = routing_gap(inputs, params, density, permutation)
+    assert gap > 1e-5, "the test's inputs have a near-tie: change the seed"
+
+    def specification(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tensors = inputs.to(dtype).astuple()
+        return reference.attention(*tensors, params, density=density, permutation=permutation)
+
+    expected = specification(torch.float64)
+    reference_out, reference_lse = specification(torch.float32)
+    out, lse = run(inputs, params, density, permutation)
     assert out.dtype == inputs.query.dtype
     assert out.transpose(1, 2).is_contiguous()
     assert lse.dtype == torch.float32
@@ -74,7 +84,12 @@ def _largest_difference(ours: Tensor, expected: Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def routing_gap(inputs: Inputs, params: AttentionParams) -> float:
+def routing_gap(
+    inputs: Inputs,
+    params: AttentionParams,
+    density: Tensor | None = None,
+    permutation: Tensor | None = None,
+) -> float:
     """Distance of the closest routing decision from going the other way.
 
     Below the accuracy of float32 scores two right implementations may select different blocks, and
@@ -83,9 +98,12 @@ def routing_gap(inputs: Inputs, params: AttentionParams) -> float:
     q, k, v, mask = inputs.to(torch.float64).astuple()
     tokens = k.shape[2]
     first, last = free_blocks(tokens, params)
-    if params.sparsity == 0 or first >= last:
+    if first >= last:
         return float("inf")
     mask = mask if mask is not None else torch.ones(k.shape[0], tokens, dtype=torch.bool)
+    if permutation is not None:
+        q, k, v = (x[:, :, permutation] for x in (q, k, v))
+        mask = mask[:, permutation]
     repeat = q.shape[1] // k.shape[1]
     stats = reference.block_statistics(
         k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), mask, params.block_size
@@ -93,17 +111,22 @@ def routing_gap(inputs: Inputs, params: AttentionParams) -> float:
     valid = stats.valid[:, :, None, first:last]
     score = reference._proxy_score(q, stats, params)[..., first:last]
     score = score.masked_fill(~valid, -torch.inf)
+    if density is None:
+        density = torch.tensor(params.density, dtype=torch.float64)
+    fraction = density.double().expand(q.shape[1])[:, None, None]  # [H, 1, 1]
+    ordered = score.sort(-1, descending=True).values
     if params.routing == "threshold":
         count = valid.sum(-1, keepdim=True).clamp(min=1)
         finite = score.masked_fill(~valid, 0.0)
         mean = finite.sum(-1, keepdim=True) / count
         square = ((finite - mean).masked_fill(~valid, 0.0) ** 2).sum(-1, keepdim=True)
-        gap = (score - mean - params.threshold_beta * (square / count).sqrt()).abs()
-        best = score.sort(-1, descending=True).values
-        gap = torch.cat([gap, best[..., :1] - best[..., 1:2]], dim=-1)
+        beta = torch.special.ndtri(1 - fraction)
+        gap = (score - mean - beta * (square / count).sqrt()).abs()
+        gap = torch.cat([gap, ordered[..., :1] - ordered[..., 1:2]], dim=-1)
     else:
-        chosen = exact_block_count(params.density, last - first)
-        ordered = score.sort(-1, descending=True).values
-        gap = ordered[..., chosen - 1 : chosen] - ordered[..., chosen : chosen + 1]
+        chosen = exact_block_counts(fraction, last - first).long().expand(*score.shape[:3], 1)
+        following = torch.cat([ordered, torch.full_like(ordered[..., :1], torch.nan)], dim=-1)
+        gap = ordered.gather(-1, chosen - 1) - following.gather(-1, chosen)
+    gap = gap.masked_fill(fraction >= 1, torch.inf)
     finite_gap = gap[gap.isfinite()]
     return float(finite_gap.min()) if finite_gap.numel() else float("inf")

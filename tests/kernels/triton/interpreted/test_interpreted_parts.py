@@ -6,19 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreted_cases import case, routing_gap
 
 from pisa_compile.kernels import reference
 from pisa_compile.kernels.params import AttentionParams, block_count, exact_block_count
 from pisa_compile.kernels.testing import Inputs, poisoned_memory, random_inputs, relative_l2
+from pisa_compile.kernels.triton import geometry, thresholds
 from pisa_compile.kernels.triton.geometry import Device
 from pisa_compile.kernels.triton.plan import plan
 
 
-def _workspace(inputs: Inputs, params: AttentionParams, *names: str) -> dict[str, Any]:
+def _workspace(
+    inputs: Inputs, params: AttentionParams, *names: str, **options: Any
+) -> dict[str, Any]:
     """Arguments of the named kernels after they have run."""
     with poisoned_memory():
-        work = plan(*inputs.astuple(), params, None, Device("interpreter", 1))
+        work = plan(*inputs.astuple(), params, Device("interpreter", 1), **options)
     arguments: dict[str, Any] = {}
     for launch in work.launches:
         if launch.name in names:
@@ -125,8 +130,12 @@ def _check_indices(found: dict[str, Any], selected: torch.Tensor) -> None:
             assert found["indices"][head, tile, :count].tolist() == expected.tolist()
 
 
-def test_ties_favour_neither_early_nor_late_blocks() -> None:
+@pytest.mark.parametrize("elements", [4096, 128], ids=["in_registers", "in_tiles"])
+def test_ties_favour_neither_early_nor_late_blocks(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With equal scores everywhere each row takes exactly its count, all blocks about as often."""
+    monkeypatch.setattr(geometry, "SELECT_ELEMENTS", elements)
     inputs = random_inputs(heads=1, query_len=1024, head_dim=16)
     # One column of ones: a sum with a single term is the same in every order.
     key = torch.zeros_like(inputs.key)
@@ -140,15 +149,48 @@ def test_ties_favour_neither_early_nor_late_blocks() -> None:
     assert torch.equal(selected.sum(0), torch.full((64,), count))
 
 
-def test_more_than_a_thousand_blocks() -> None:
-    """Padded to 2,048: two query blocks per selection step, dozens of bitmap words."""
-    inputs = random_inputs(heads=1, query_len=40, key_len=1100 * 16, head_dim=16, seed=1)
-    params = AttentionParams(scale=0.25, sparsity=0.9, block_size=16, order="zeroth")
+LONG_ROWS: dict[str, tuple[int, int, str]] = {
+    "in_registers": (1100, 4096, "topk"),
+    "in_tiles": (330, 512, "topk"),
+    "in_tiles_threshold": (330, 512, "threshold"),
+}
+
+
+@pytest.mark.parametrize("case_", LONG_ROWS.values(), ids=LONG_ROWS.keys())
+def test_long_rows_of_scores(case_: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dozens of bitmap words, and a row of scores that is searched at once or tile by tile."""
+    blocks, elements, routing = case_
+    monkeypatch.setattr(geometry, "SELECT_ELEMENTS", elements)
+    inputs = random_inputs(heads=1, query_len=40, key_len=blocks * 16, head_dim=16, seed=1)
+    params = AttentionParams(
+        scale=0.25, sparsity=0.9, block_size=16, order="none", routing=routing, exact=(40, 20)
+    )
     assert routing_gap(inputs, params) > 1e-6
     found = _workspace(inputs, params, "statistics", "routing")
+    assert found["N"] // found["T"] == {1100: 2, 330: 4}[blocks]
     exact = inputs.to(torch.float64)
-    mask = torch.ones(1, 1100 * 16, dtype=torch.bool)
+    mask = torch.ones(1, blocks * 16, dtype=torch.bool)
     stats = reference.block_statistics(exact.key, exact.value, mask, 16)
-    selected = reference.route(exact.query, stats, 1100 * 16, params)[0]
-    assert torch.equal(_from_bitmap(found["bitmap"], 1100), selected)
+    selected = reference.route(exact.query, stats, blocks * 16, params)[0]
+    assert torch.equal(_from_bitmap(found["bitmap"], blocks), selected)
     _check_indices(found, selected)
+
+
+@triton.jit
+def _quantile_kernel(density, out, size: tl.constexpr):
+    places = tl.arange(0, size)
+    tl.store(out + places, thresholds.normal_upper_quantile(tl.load(density + places)))
+
+
+def test_normal_quantile() -> None:
+    density = torch.cat([torch.logspace(-30, 0, 512), 1 - torch.logspace(-7, -0.4, 510)])
+    density = torch.cat([density, torch.tensor([0.0, 1.0])])
+    out = torch.empty_like(density)
+    _quantile_kernel[(1,)](density, out, size=1024)
+    expected = torch.special.ndtri(1 - density.double())
+    small = density < 1e-12  # 1 - density has no digits left there
+    expected[small] = -torch.special.ndtri(density[small].double())
+    infinite = expected.isinf()
+    assert torch.equal(out[infinite].double(), expected[infinite])
+    error = (out[~infinite].double() - expected[~infinite]).abs()
+    assert bool((error <= 2e-6 * expected[~infinite].abs() + 1e-6).all())
