@@ -43,8 +43,8 @@ from pisa_compile.policy import DEFAULT
 
 SPARSITIES = (0.7, 0.85, 0.92)
 CALIBRATED_ON = (0, 3)  # seed of the noise, number of the photograph
-PICTURES = ((101, 0), (102, 4), (103, 7), (104, 1))
-ORDERS = {"raster": pisa.Policy(grid=None, curve="raster"), "curve": pisa.Policy()}
+PICTURES = ((101, 0), (102, 4), (103, 7))
+ORDERS = {"raster": pisa.Policy(curve="raster"), "curve": pisa.Policy(curve="hilbert")}
 
 
 def main() -> None:
@@ -58,9 +58,13 @@ def main() -> None:
         plot(json.loads(arguments.plot[0].read_text()), arguments.plot[1])
         return
     record = run(arguments)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    save(record, arguments.output)
     show(record)
+
+
+def save(record: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -108,6 +112,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             )
 
         for order, policy in ORDERS.items():
+            save(record, arguments.output)  # half a record is better than none
             runner = Runner(model, generate, policy.over(DEFAULT))
             start = time.perf_counter()
             table, results = measured(runner, [CALIBRATED_ON], DENSITIES, bar)
@@ -124,7 +129,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 calibrated = partial(runner, options=named)
                 add("calibrated", order, calibrated, predicted_error=predicted, **cost)
                 add("uniform", order, partial(runner, options={"sparsity": even}), **cost)
-            if order == "curve":
+            if order == DEFAULT.curve:
                 chosen = plan.solve(sparsity=DEFAULT.sparsity, speedup=None, max_error=None)
                 speedup = plan.dense_seconds / plan.seconds(chosen)
                 zero_code = torch.compile(model, backend="pisa", options={"inner": "eager"})

@@ -82,7 +82,7 @@ def test_first_order_keeps_its_digits_under_a_large_common_key() -> None:
     "options",
     [
         {"query_len": 600, "block_size": 16},
-        {"query_len": 600, "block_size": 16, "routing": "threshold"},
+        {"query_len": 600, "block_size": 16, "routing": "threshold", "order": "none"},
         {"query_len": 600, "block_size": 16, "routing": "topk_covariance", "masked": 0.5},
         {"query_len": 330, "block_size": 16, "exact": (50, 20)},
         {"query_len": 40, "key_len": 700, "exact": (50, 20), "block_size": 32},
