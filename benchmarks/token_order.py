@@ -146,7 +146,7 @@ def error(arguments: argparse.Namespace, progress: Progress) -> list[dict[str, A
 
 
 def pictures(arguments: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
-    """PSNR of final pictures against dense attention, with nothing set but sparsity, order and curve."""
+    """PSNR of final pictures to dense ones, with nothing set but sparsity, order and curve."""
     model = load_model()
     total = len(arguments.labels) * (1 + len(ORDERS) * len(CURVES))
     task = progress.add_task("pictures", total=total)

@@ -44,8 +44,9 @@ class Policy:
             "auto" for what graph and model tell. Default "auto".
         curve: "hilbert" or "tile" cuts those tokens into blocks along a curve through the grid,
             "raster" leaves them as they are. Default "raster".
-        min_tokens: sequences shorter than this stay dense. By default 4,096 on a GPU and 2,048 on
-            a CPU.
+        min_tokens: sequences shorter than this stay dense. By default those for which the cost
+            model of the device predicts no gain; without one (`PISA_COST_MODEL=0`), 4,096 on a GPU
+            and 2,048 on a CPU.
         impl: "reference", "cpu" or "triton". Default: by device.
         schedule: a `Schedule`: sparsity by denoising step and head. Where an inner policy gives a
             `sparsity` alone, only the dense steps of an outer schedule hold.

@@ -20,11 +20,10 @@ def write(record: dict[str, Any], document: Path) -> None:
     for name, (header, rows) in _tables(record).items():
         lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        place = re.compile(rf"(?<=<!-- table {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        count = len(place.findall(text))
-        if count != 1:
-            raise ValueError(f"{document}: expected one place for table {name}, found {count}")
-        start, end = next(place.finditer(text)).span()
+        found = list(re.finditer(rf"<!-- table {name} -->\n(.*?)<!-- end -->", text, re.DOTALL))
+        if len(found) != 1:
+            raise ValueError(f"{document}: expected one place for table {name}, found {len(found)}")
+        start, end = found[0].span(1)
         text = f"{text[:start]}{table}\n{text[end:]}"
     document.write_text(text)
 
