@@ -52,9 +52,12 @@ def test_report_as_data_and_as_text() -> None:
     dense, sparse = report.sites
     assert (dense.module, sparse.module) == ("blocks.0.attn", "blocks.1.attn")
     assert dense.flops_saved == 0.0
-    # Of 4 blocks 2 stay exact; 2 centroids, routing and the first-order matrix are added.
+    # Of 4 blocks 2 stay exact; routing, 2 centroids, the first-order matrix and the correction of
+    # each block's mass are added.
     exact, full = 2 * 64, 256
-    per_head = 2 * (256 * exact * 32 + 4 * 4 * 16 + 256 * 2 * 32 + (256 + 256) * 16 * 16)
+    routing, centroids, correction = 4 * 4 * 16, 256 * 2 * 32, 4 * 16
+    first_order = (256 + 256) * 16 * 16
+    per_head = 2 * (256 * exact * 32 + routing + centroids + first_order + correction)
     assert sparse.flops == 2 * per_head
     assert sparse.dense_flops == 2 * 2 * full * 256 * 32
     assert report.flops_saved == pytest.approx(sparse.flops_saved / 2)
