@@ -118,7 +118,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="*", choices=PARTS, default=PARTS, help="none draws the record again"
     )
-    parser.add_argument("--quick", action="store_true", help="a minute; writes out/fidelity.json")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few minutes; writes out/fidelity.json"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
         "--cache",

@@ -51,7 +51,7 @@ def draw(record: dict[str, Any], cache: Path, folder: Path) -> None:
     for name, parts, make in drawings:
         if all(part in record for part in parts):
             figure = make()
-            figure.savefig(folder / f"fidelity-{name}.png", dpi=110)
+            figure.savefig(folder / f"fidelity-{name}.png", dpi=72 if name == "pictures" else 110)
             plt.close(figure)
 
 
@@ -91,7 +91,8 @@ _ERROR_TICKS = [0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8]
 def _density(record: dict[str, Any]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(12.5, 5.4), layout="constrained", sharex=True)
     for axes, group in zip(panels, ("captured", "structured"), strict=True):
-        for name, errors in mean_errors(record, group, "hilbert").items():
+        found = mean_errors(record, group, "hilbert")
+        for name, errors in sorted(found.items(), key=lambda item: list(BY_NAME).index(item[0])):
             if len(errors) > 2:
                 densities = sorted(errors)
                 axes.plot(densities, [errors[d] for d in densities], **_style(name))
@@ -172,6 +173,7 @@ def _speedup(record: dict[str, Any]) -> Figure:
                     fontsize=9,
                     color=_COLOURS[OURS],
                 )
+    axes.margins(0.08)
     axes.set_xlabel("speed-up of a whole step over dense attention, eager mode, one CPU thread")
     axes.set_ylabel(
         "PSNR against dense, dB\n(bars: 95 % interval of the paired difference to ours)"
