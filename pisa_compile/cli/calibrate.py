@@ -13,18 +13,12 @@ from ..policy import POLICY_FIELDS, Policy
 from .errors import UserError
 from .explain import model_of
 from .importing import load
-from .options import Options, compile_options
+from .options import Model, Options, compile_options
 from .output import print_json
 
 
 def calibrate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:NAME",
-            help="A module, or a function without arguments that makes one; `file.py:name` too.",
-        ),
-    ],
+    model: Model,
     inputs: Annotated[
         str,
         typer.Option(

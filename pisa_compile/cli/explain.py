@@ -13,18 +13,12 @@ from ..kernels.dispatch import UnsupportedError
 from ..report import explain as report_of_call
 from .errors import UserError
 from .importing import load
-from .options import Options, compile_options
+from .options import Model, Options, compile_options
 from .output import print_json, print_report, report_as_data
 
 
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:NAME",
-            help="A module, or a function without arguments that makes one; `file.py:name` too.",
-        ),
-    ],
+    model: Model,
     inputs: Annotated[
         str,
         typer.Option(

@@ -1,4 +1,4 @@
-"""`--option name=value`: options of the compile call, checked before anything runs."""
+"""Arguments that several subcommands take, and `--option name=value` as compile options."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ import typer
 from ..options import parse
 from .errors import UserError
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:NAME",
+        help="A module, or a function without arguments that makes one; `file.py:name` too.",
+    ),
+]
 Options = Annotated[
     list[str],
     typer.Option(
