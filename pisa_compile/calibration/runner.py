@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..policy import Policy
 
+_SETTINGS = 1000
 Generate = Callable[[nn.Module, Any], Any]
 
 
@@ -28,7 +29,10 @@ class Runner:
         settings = {"preset": None, "inner": "eager", "sparsity": 0.0, **fields, **(options or {})}
         settings.setdefault("min_tokens", 1)
         compiled = torch.compile(self.model, backend="pisa", options=settings)
-        result = self.generate(compiled, input_)  # type: ignore[arg-type]
+        # Every setting is another entry in Dynamo's cache of the model's code, and past its limit
+        # the model would silently run as it is.
+        with torch._dynamo.config.patch(recompile_limit=_SETTINGS):
+            result = self.generate(compiled, input_)  # type: ignore[arg-type]
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         tensors = [x.detach().to("cpu", torch.float32).flatten() for x in tensors]
         if not tensors:
