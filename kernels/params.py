@@ -15,6 +15,8 @@ from torch import Tensor
 ROUTINGS = ("topk", "topk_covariance", "threshold")
 ORDERS = ("none", "zeroth", "hybrid", "corrected", "blockwise")
 BLOCK_SIZES = (16, 32, 64, 128)
+# What is computed where nothing else is said.
+DEFAULT_BLOCK_SIZE, DEFAULT_ROUTING, DEFAULT_ORDER = 64, "topk", "corrected"
 # Key blocks that the GPU kernels can number: 16 bits of an index entry.
 MAX_KERNEL_BLOCKS = 1 << 16
 # Order "corrected": the mass of a block is at most this many times what its mean key says.
@@ -38,9 +40,9 @@ class AttentionParams:
 
     scale: float
     sparsity: float = 0.85
-    block_size: int = 64
-    routing: str = "topk"
-    order: str = "hybrid"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    routing: str = DEFAULT_ROUTING
+    order: str = DEFAULT_ORDER
     exact: tuple[int, int] = (0, 0)
 
     @property

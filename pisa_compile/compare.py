@@ -6,27 +6,27 @@ from. The two need not agree: a site may err much and matter little.
 
 from __future__ import annotations
 
-import dataclasses
-import io
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._pytree import tree_leaves
 
+from .generation import Generate, StandIns, call_model, check_not_compiled, flat
+from .module_names import ModuleNames
 from .observation import Call, observed
 from .policy import Policy
 from .recording import recording
-from .report import Site, _sites
+from .report import Site, sites_of
+from .tables import TOP_LEVEL, table_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Generate = Callable[[nn.Module, Any], Any]
 Named = Mapping[str, Policy]
 Settings = Policy | Named | str | os.PathLike[str]  # a policy, policies by module, or their file
 _SITE_COLUMNS = ("module", "error", "worst head", "sparsity", "calls")
@@ -98,7 +98,7 @@ class PolicyResult:
         lines = [f"{self.name}: error {_number(self.error)}, cosine {self.cosine:.6f}"]
         rows = [
             (
-                site.module or "(top level)",
+                site.module or TOP_LEVEL,
                 _number(site.error),
                 f"{max(range(len(site.head_error)), key=site.head_error.__getitem__)}: "
                 f"{_number(max(site.head_error))}",
@@ -107,11 +107,9 @@ class PolicyResult:
             )
             for site in self.sites
         ]
-        lines.append(_table(_SITE_COLUMNS, rows))
+        lines.append(table_text(_SITE_COLUMNS, rows))
         if self.denser:
-            told = ", ".join(
-                f"{n or '(top level)'} to {p.sparsity:g}" for n, p in self.denser.items()
-            )
+            told = ", ".join(f"{n or TOP_LEVEL} to {p.sparsity:g}" for n, p in self.denser.items())
             lines.append(f"to make denser first, sparsity of: {told}")
         return "\n".join(lines)
 
@@ -134,7 +132,7 @@ class Comparison:
         raise KeyError(f"{name!r}; the policies are {[result.name for result in self.results]}")
 
     def __str__(self) -> str:
-        return "\n\n".join([_table(_COLUMNS, list(self._rows())), *map(str, self.results)])
+        return "\n\n".join([table_text(_COLUMNS, self._rows()), *map(str, self.results)])
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for result in self.results:
@@ -145,7 +143,7 @@ class Comparison:
                 f"{result.cosine:.6f}",
                 f"{result.flops_saved:.0%}",
                 f"{len(result.sites)} of {len(result.report)}",
-                f"{worst.module or '(top level)'} {_number(worst.error)}" if worst else "",
+                f"{worst.module or TOP_LEVEL} {_number(worst.error)}" if worst else "",
             )
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -173,7 +171,10 @@ class Comparison:
         height = 1.4 + 0.42 * max(len(names), len(worst), 3)
         figure = Figure(figsize=(11.0, height), layout="constrained")
         ends, sites = figure.subplots(1, 2)
-        ends.barh(names, [result.error for result in self.results], color="#1565c0")
+        finite = [math.isfinite(result.error) for result in self.results]
+        errors = [r.error if ok else 0.0 for r, ok in zip(self.results, finite, strict=True)]
+        bars = ends.barh(names, errors, color="#1565c0")
+        ends.bar_label(bars, ["" if ok else " not finite" for ok in finite])
         ends.invert_yaxis()
         ends.set_xlabel("relative L2 error of the result")
         grid = [[sites_.get(module, float("nan")) for sites_ in by_module] for module in worst]
@@ -181,7 +182,7 @@ class Comparison:
         if grid:
             image = sites.imshow(grid, aspect="auto", cmap="magma_r", vmin=0.0)
             figure.colorbar(image, ax=sites)
-        sites.set_yticks(range(len(worst)), [module or "(top level)" for module in worst])
+        sites.set_yticks(range(len(worst)), [module or TOP_LEVEL for module in worst])
         sites.set_xticks(range(len(names)), names, rotation=20, ha="right")
         if path is not None:
             figure.savefig(path, dpi=110)
@@ -216,12 +217,13 @@ def compare(
     named = policies if isinstance(policies, Mapping) else _names(policies)
     if not named:
         raise ValueError("policies is empty; give at least one")
-    run = generate or _call
-    with torch.no_grad():
-        dense = [_flat(run(model, input_)) for input_ in inputs]
+    run = generate or call_model
+    names = ModuleNames(model)
+    with torch.no_grad(), StandIns(model) as stand_ins:
+        dense = [flat(run(model, input_)) for input_ in inputs]
         return Comparison(
             tuple(
-                _result(name, _options(settings), model, inputs, run, dense)
+                _result(name, stand_ins.of(_options(settings)), names, inputs, run, dense)
                 for name, settings in named.items()
             )
         )
@@ -230,17 +232,7 @@ def compare(
 def _check(model: nn.Module, inputs: Sequence[Any]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    compiled = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch._dynamo.OptimizedModule)
-        or module._compiled_call_impl is not None
-    ]
-    if compiled:
-        raise ValueError(
-            f"model must not be compiled, but {compiled[0] or 'it'} is; compare compiles it once "
-            "for each policy"
-        )
+    check_not_compiled(model)
     if isinstance(inputs, (Tensor, str, Mapping, tuple)) or not isinstance(inputs, Sequence):
         raise TypeError(
             f"inputs must be a list of inputs, got {type(inputs).__name__}; [x] for a single one"
@@ -266,36 +258,26 @@ def _names(policies: Sequence[Settings]) -> dict[str, Settings]:
 def _options(settings: Settings) -> dict[str, Any]:
     """What `torch.compile(options=...)` is told."""
     if isinstance(settings, Policy):
-        return {
-            name: value
-            for name in (f.name for f in dataclasses.fields(Policy))
-            if (value := getattr(settings, name)) is not None
-        }
+        return settings.given()
     return {"policy": os.fspath(settings) if isinstance(settings, os.PathLike) else settings}
 
 
 def _result(
     name: str,
-    options: dict[str, Any],
-    model: nn.Module,
+    compiled: Any,
+    names: ModuleNames,
     inputs: Sequence[Any],
     run: Generate,
     dense: list[Tensor],
 ) -> PolicyResult:
-    # A fresh compilation: Dynamo would otherwise count every policy as a recompilation of the last.
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(model, backend="pisa", options={**options, "inner": "eager"})
-    names = {str(id(module)): path for path, module in model.named_modules()}
     found: dict[str, _Sums] = {}
 
     def observe(call: Call) -> None:
         if call.site is not None:
-            identity, path = call.site.modules[-1] if call.site.modules else ("", call.site.module)
-            module = names.get(identity, path).removeprefix("_orig_mod.")
-            found.setdefault(module, _Sums(call.site.policy)).add(call)
+            found.setdefault(names.of(call.site), _Sums(call.site.policy)).add(call)
 
     with observed(observe), recording() as active:
-        results = [_flat(run(compiled, input_)) for input_ in inputs]
+        results = [flat(run(compiled, input_)) for input_ in inputs]
     out, expected = torch.cat(results).double(), torch.cat(dense).double()
     finite = bool(out.isfinite().all())
     return PolicyResult(
@@ -305,7 +287,7 @@ def _result(
         sites=tuple(
             sorted((sums.of(module) for module, sums in found.items()), key=lambda s: -s.error)
         ),
-        report=_sites(active.decisions, names),
+        report=sites_of(active.decisions, names),
     )
 
 
@@ -348,41 +330,5 @@ def _ratio(error: Tensor, signal: Tensor) -> float:
     return float(error / signal) if float(signal) else float(error)
 
 
-def _call(model: nn.Module, input_: Any) -> Any:
-    if isinstance(input_, Mapping):
-        return model(**input_)
-    return model(*input_) if isinstance(input_, (tuple, list)) else model(input_)
-
-
-def _flat(result: Any) -> Tensor:
-    """All floating-point tensors of a result as one vector on the host."""
-    tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
-    if not tensors:
-        raise TypeError(f"expected a result with tensors, got {type(result).__name__}")
-    return torch.cat([x.detach().to("cpu", torch.float32).flatten() for x in tensors])
-
-
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Lines of a table, by rich where it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
-        lines = [columns, tuple("-" * width for width in widths), *rows]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")  # never cut a module's name
-    for row in rows:
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=140).print(table)
-    return text.getvalue().rstrip()

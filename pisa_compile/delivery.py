@@ -16,8 +16,10 @@ from torch import Tensor
 from .kernels import reference
 from .kernels.params import block_count
 from .observation import Call, observed
+from .tables import TOP_LEVEL, table_text
 
 _SAMPLED_ROWS = 128
+_COLUMNS = ("module", "requested", "delivered (heads)", "mass in exact blocks (heads)", "calls")
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,14 @@ class Deliveries:
         return found
 
     def __str__(self) -> str:
-        lines = ["requested  delivered (heads)         mass in exact blocks (heads)  calls  module"]
+        rows = []
         for module, calls in self.sites().items():
             requested = torch.stack([call.requested for call in calls]).mean()
             density = torch.stack([call.density for call in calls]).mean(0)
             mass = torch.stack([call.mass for call in calls]).mean(0)
-            lines.append(
-                f"{requested:9.3f}  {_spread(density):26}  {_spread(mass):28}  {len(calls):5}  "
-                f"{module or '(top level)'}"
-            )
-        return "\n".join(lines)
+            measured = (f"{requested:.3f}", _spread(density), _spread(mass), str(len(calls)))
+            rows.append((module or TOP_LEVEL, *measured))
+        return table_text(_COLUMNS, rows)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops as ops  # registers torch.ops.pisa
 from . import validation
+from .kernels.params import DEFAULT_BLOCK_SIZE, DEFAULT_ORDER, DEFAULT_ROUTING
 
 
 @overload
@@ -60,9 +61,9 @@ def attention(
     *,
     sparsity: float,
     scale: float | None = None,
-    block_size: int = 64,
-    routing: str = "topk",
-    order: str = "corrected",
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    routing: str = DEFAULT_ROUTING,
+    order: str = DEFAULT_ORDER,
     attn_mask: Tensor | None = None,
     exact: tuple[int, int] = (0, 0),
     density: Tensor | None = None,

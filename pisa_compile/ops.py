@@ -15,14 +15,24 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import observation, validation
 from .kernels import dispatch
-from .kernels.params import AttentionParams, block_count, exact_block_count, free_blocks
+from .kernels.params import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_ORDER,
+    DEFAULT_ROUTING,
+    AttentionParams,
+    block_count,
+    exact_block_count,
+    free_blocks,
+)
 
-# One schema text for both ops. Keyword-only settings keep traced graphs readable; the defaults
-# are those of the functional interface. Exact ranges are SymInt: a text length may be symbolic.
+# One schema text for both ops. Keyword-only settings keep traced graphs readable. Torch leaves an
+# argument that equals its default out of a traced graph, and caches and saved programs are known
+# by that graph: a default that may ever change must be None, and what it stands for be passed.
+# Exact ranges are SymInt: a text length may be symbolic.
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? density=None, "
-    "Tensor? permutation=None, *, float? scale=None, float sparsity, int block_size=64, "
-    "str routing='topk', str order='corrected', SymInt exact_prefix=0, SymInt exact_suffix=0, "
+    "Tensor? permutation=None, *, float? scale=None, float sparsity, int? block_size=None, "
+    "str? routing=None, str? order=None, SymInt exact_prefix=0, SymInt exact_suffix=0, "
     "bool enable_gqa=False, str? impl=None"
 )
 
@@ -80,12 +90,15 @@ def _params(
     *,
     sparsity: float,
     scale: float | None = None,
-    block_size: int = 64,
-    routing: str = "topk",
-    order: str = "corrected",
+    block_size: int | None = None,
+    routing: str | None = None,
+    order: str | None = None,
     exact_prefix: int = 0,
     exact_suffix: int = 0,
 ) -> AttentionParams:
+    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
+    routing = DEFAULT_ROUTING if routing is None else routing
+    order = DEFAULT_ORDER if order is None else order
     validation.check_sparsity(sparsity)
     validation.check_block_size(block_size)
     validation.check_routing(routing)

@@ -19,7 +19,12 @@ from torch import nn
 from . import validation
 from .annotation import Annotation, Origin, call_annotated, encode
 from .kernels.dispatch import UnsupportedError
-from .kernels.params import AttentionParams
+from .kernels.params import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_ORDER,
+    DEFAULT_ROUTING,
+    AttentionParams,
+)
 from .schedule import Schedule, Step
 
 _Target = TypeVar("_Target")
@@ -157,11 +162,11 @@ class Policy:
     def __str__(self) -> str:
         if not self.enabled:
             return "dense"
-        named = (f"{name}={value}" for name, value in self._given().items() if name != "sparsity")
+        named = (f"{name}={value}" for name, value in self.given().items() if name != "sparsity")
         sparsity = [] if self.sparsity is None else [f"sparsity={self.sparsity:g}"]
         return ", ".join([*sparsity, *named]) or "default"
 
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The fields that differ from a policy that says nothing."""
         return {
             field.name: getattr(self, field.name)
@@ -188,9 +193,9 @@ DENSE = Policy(enabled=False)
 # The sparsity is for models that nobody has published settings for: see docs/presets.md.
 DEFAULT = Policy(
     sparsity=0.7,
-    block_size=64,
-    routing="topk",
-    order="corrected",
+    block_size=DEFAULT_BLOCK_SIZE,
+    routing=DEFAULT_ROUTING,
+    order=DEFAULT_ORDER,
     exact="auto",
     grid="auto",
     curve="raster",
@@ -226,7 +231,7 @@ def named_policies(policies: Mapping[str, Policy], paths: Sequence[str]) -> list
     found = []
     for path in paths:
         matches = [p for name, p in policies.items() if fnmatch.fnmatchcase(path, name)]
-        found += [Annotation("instance", policy._given()) for policy in matches[-1:]]
+        found += [Annotation("instance", policy.given()) for policy in matches[-1:]]
     return found
 
 
@@ -294,7 +299,7 @@ def set_policy(model: nn.Module, policies: Mapping[str, Policy]) -> None:
 
 
 def _key(origin: Origin, value: Policy) -> str:
-    given = value._given()
+    given = value.given()
     if value.schedule is not None:
         given["schedule"] = value.schedule.fields()
     return encode(origin, given)

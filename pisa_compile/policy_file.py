@@ -76,7 +76,7 @@ def _policy(path: Path, name: str, fields: Any) -> Policy:
 
 
 def _fields(policy: Policy) -> dict[str, Any]:
-    fields = policy._given()
+    fields = policy.given()
     if policy.schedule is not None:
         fields["schedule"] = policy.schedule.fields()
     return fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +12,14 @@ import torch
 from torch import nn
 
 from .eager import EagerAttention, NotTraced
+from .generation import is_compiled
+from .module_names import ModuleNames
 from .ops import attention_flops, dense_flops
 from .passes import Decision
 from .policy import Policy
 from .recording import Recording, Tally, recording
 from .steps import current_step
+from .tables import TOP_LEVEL, rich_table, table_text
 
 _COLUMNS = ("module", "query", "key", "dtype", "calls", "decision", "FLOPs saved", "why, policy")
 
@@ -107,28 +109,15 @@ class Report:
         return f"{text} in them; {calls} not traced"
 
     def __str__(self) -> str:
-        try:
-            from rich.console import Console
-        except ImportError:
-            return "\n".join([_plain_table(list(self._rows())), *self.notes, self.summary])
-        text = io.StringIO()
-        Console(file=text, width=140).print(self.__rich__())
-        return text.getvalue() + "\n".join([*self.notes, self.summary])
+        return "\n".join([table_text(_COLUMNS, self._rows()), *self.notes, self.summary])
 
     def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table()
-        for column in _COLUMNS:
-            table.add_column(column, overflow="fold")  # never cut a module's name
-        for row in self._rows():
-            table.add_row(*row)
-        return table
+        return rich_table(_COLUMNS, self._rows())
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for site in self.sites:
             yield (
-                site.module or "(top level)",
+                site.module or TOP_LEVEL,
                 "x".join(map(str, site.query_shape)),
                 "x".join(map(str, site.key_shape)),
                 str(site.dtype).removeprefix("torch."),
@@ -139,7 +128,7 @@ class Report:
             )
         for call in self.not_traced:
             yield (
-                call.module or "(top level)",
+                call.module or TOP_LEVEL,
                 "x".join(map(str, call.query_shape)),
                 "x".join(map(str, call.key_shape)),
                 "",
@@ -165,7 +154,7 @@ def explain(model: nn.Module, /, *args: Any, **kwargs: Any) -> Report:
     Raises:
         RuntimeError: the model is compiled, but none of it with `backend="pisa"`.
     """
-    compiled = _is_compiled(model)
+    compiled = is_compiled(model)
     call = model if compiled else torch.compile(model, backend="pisa", options={"inner": "eager"})
     with recording() as active, torch.no_grad(), _watch(model, active) as eager:
         call(*args, **kwargs)
@@ -175,9 +164,8 @@ def explain(model: nn.Module, /, *args: Any, **kwargs: Any) -> Report:
             "no graph compiled with backend='pisa' ran; "
             + ("the model is compiled with another backend" if compiled else "nothing was traced")
         )
-    names = {str(id(module)): name for name, module in model.named_modules()}
     return Report(
-        sites=_sites(active.decisions, names),
+        sites=sites_of(active.decisions, ModuleNames(model)),
         graphs=active.graphs,
         not_traced=not_traced,
         notes=tuple(active.notes),
@@ -190,13 +178,6 @@ def _watch(model: nn.Module, active: Recording) -> AbstractContextManager[EagerA
     return EagerAttention(model, watching=lambda: not active.inside)
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
-
-
 def report_of(counted: Tally) -> Report:
     """What the graphs of a whole program did; modules are named as they were traced.
 
@@ -207,11 +188,12 @@ def report_of(counted: Tally) -> Report:
     for graph, calls in ran:
         times = Counter(map(id, graph))  # a part of a graph may run several times within it
         unique = {id(decision): decision for decision in graph}
-        sites += [_site(x, calls * times[key], {}) for key, x in unique.items()]
+        sites += [_site(x, calls * times[key], ModuleNames()) for key, x in unique.items()]
     return Report(sites=tuple(sites), graphs=len(ran))
 
 
-def _sites(decisions: list[Decision], names: dict[str, str]) -> tuple[Site, ...]:
+def sites_of(decisions: list[Decision], names: ModuleNames) -> tuple[Site, ...]:
+    """What one call of a model did, from the decisions of the graphs that ran, in order."""
     # A graph that several blocks share makes the same decision (the same object) once per call.
     calls: dict[int, int] = {}
     for decision in decisions:
@@ -220,7 +202,7 @@ def _sites(decisions: list[Decision], names: dict[str, str]) -> tuple[Site, ...]
     return tuple(_site(decision, calls[key], names) for key, decision in unique.items())
 
 
-def _site(decision: Decision, calls: int, names: dict[str, str]) -> Site:
+def _site(decision: Decision, calls: int, names: ModuleNames) -> Site:
     shapes = (decision.query_shape, decision.key_shape, decision.value_shape)
     # 3-D attention is [N, T, D]: N batches of one head.
     query, key, value = (s if len(s) == 4 else (s[0], 1, *s[1:]) for s in shapes)
@@ -229,12 +211,8 @@ def _site(decision: Decision, calls: int, names: dict[str, str]) -> Site:
         sparsity = decision.policy.sparsity_at(current_step())
         params = replace(decision.policy.params(scale=1.0), sparsity=sparsity)
         flops = calls * attention_flops(query, key, value, params)
-    module = decision.module
-    if decision.modules:
-        identity, _ = decision.modules[-1]
-        module = names.get(identity, module)
     return Site(
-        module=module.removeprefix("__dict__._modules.").removeprefix("_orig_mod."),
+        module=names.of(decision),
         replaced=decision.replaced,
         reason=decision.reason,
         policy=decision.policy,
@@ -263,13 +241,3 @@ def _policy_text(policy: Policy) -> str:
     if policy.impl is not None:
         parts.append(policy.impl)
     return ", ".join(parts)
-
-
-def _plain_table(rows: list[tuple[str, ...]]) -> str:
-    lines = [_COLUMNS, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 import pisa_compile as pisa
 from pisa_compile.calibration.allocation import allocate, allocate_error
-from pisa_compile.calibration.errors import relative_l2
+from pisa_compile.calibration.errors import ErrorTable, SiteErrors, relative_l2
+from pisa_compile.calibration.plan import Plan
 from pisa_compile.calibration.sensitivity import fit_factors, step_groups
+from pisa_compile.cost import Workload
+from pisa_compile.policy import DEFAULT
 from pisa_compile.policy_file import load_policy, save_policy
 
 from . import models
@@ -188,6 +191,34 @@ def test_a_saved_calibration_acts_like_an_applied_one(tmp_path: Path) -> None:
         assert relative_l2([outputs[0]], [generate(uneven(), 5)]) > 1e-4  # it did something
 
 
+def test_a_site_that_a_cache_skips_keeps_its_schedule_in_step() -> None:
+    """Steps 1 and 3 of five ran: the others take the choice of the last that ran, or the first."""
+    params = pisa.Policy().over(DEFAULT).params(1.0)
+    work = Workload(1, 1, 1, 640, 16, 16, params)
+    site = SiteErrors(work, torch.float32, torch.device("cpu"))
+    for step in (1, 3):
+        site.error[step] = torch.ones(2, 1, dtype=torch.float64)
+        site.signal[step] = torch.ones(1, dtype=torch.float64)
+        site.calls[step] = 1
+    plan = Plan.of(ErrorTable((0.25, 0.5), {"attn": site}, steps=5), per_head=True)
+    chosen = torch.tensor([0, 2])
+    assert plan.by_site_and_step(chosen) == {"attn": [0.25, 0.25, 0.25, 1.0, 1.0]}
+    assert plan.policies(chosen, pisa.Policy())["attn"].schedule.steps == (0.75, 0.75, 0.75, 0, 0)
+
+
+def test_steps_without_a_known_count_are_counted() -> None:
+    def stepwise(model: nn.Module, seed: int) -> Tensor:
+        x = models.tokens(320, seed=seed)
+        for step in range(3):
+            pisa.set_step(step)
+            x = x + 0.3 * model(x)
+        pisa.set_step(None)
+        return x
+
+    found = calibrated(generate=stepwise, sparsity=0.6)
+    assert {len(densities) for densities in found.densities.values()} == {3}
+
+
 def test_a_demanded_error_is_kept() -> None:
     loose, tight = calibrated(max_error=0.1, held_out=[3]), calibrated(max_error=0.02)
     assert loose.predicted_seconds < tight.predicted_seconds
@@ -222,6 +253,8 @@ def test_arguments_are_checked() -> None:
         calibrated(sparsity=0.5, densities=(0.5, 1.0))
     with pytest.raises(ValueError, match="leaves unknown"):
         calibrated(max_error=0.1, sensitivity=False)
+    with pytest.raises(ValueError, match="must not be compiled"):
+        pisa.calibrate(torch.compile(uneven(), backend="pisa"), [1], sparsity=0.5)
     with pytest.raises(RuntimeError, match="no attention of the model could be measured"):
         pisa.calibrate(
             nn.Sequential(nn.Linear(4, 4), nn.ReLU()), [torch.zeros(1, 4)], sparsity=0.5,

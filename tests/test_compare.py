@@ -115,6 +115,16 @@ def test_the_plot_is_drawn(found: pisa.Comparison, tmp_path: Path) -> None:
     assert bars == pytest.approx([result.error for result in found.results])
 
 
+def test_a_result_that_is_not_finite_is_worst_and_can_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    comparison = pisa.compare(
+        tiny(), [tokens()], policies=[pisa.DENSE], generate=lambda model, x: model(x) * torch.inf
+    )
+    assert comparison.results[0].error == float("inf")
+    figure = comparison.plot(tmp_path / "plot.png")
+    assert "not finite" in [text.get_text().strip() for text in figure.axes[0].texts]
+
+
 def test_without_matplotlib_the_plot_says_what_to_install(
     found: pisa.Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,3 +167,13 @@ def test_a_compiled_model_is_refused() -> None:
         pisa.compare(torch.compile(tiny(), backend="pisa"), [tokens()], policies=[pisa.DENSE])
     with pytest.raises(TypeError, match="nn.Module, got function"):
         pisa.compare(lambda x: x, [tokens()], policies=[pisa.DENSE])
+
+
+def test_many_policies_leave_the_model_fit_for_its_own_compilation() -> None:
+    model = tiny()
+    limit = torch._dynamo.config.recompile_limit
+    pisa.compare(
+        model, [tokens()], policies=[pisa.Policy(sparsity=0.05 * i) for i in range(1, limit + 3)]
+    )
+    compiled = torch.compile(model, backend="pisa", options={"inner": "eager", "min_tokens": 1})
+    assert pisa.explain(compiled, tokens()).replaced == 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import pisa_compile as pisa
@@ -87,6 +88,17 @@ def test_fake_and_real_results_agree_in_every_detail(dtype: torch.dtype, layout:
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
     assert real[0].transpose(1, 2).is_contiguous()
+
+
+def test_traced_calls_name_what_they_compute() -> None:
+    """Else a default that changes would not change the graph, and caches would serve old code."""
+    inputs = random_inputs(query_len=70, head_dim=16)
+    graph = make_fx(lambda q, k, v: pisa.attention(q, k, v, sparsity=0.5))(
+        inputs.query, inputs.key, inputs.value
+    ).graph
+    (node,) = [node for node in graph.nodes if node.target in OPS]
+    named = {name: node.kwargs.get(name) for name in ("block_size", "routing", "order")}
+    assert named == {"block_size": 64, "routing": "topk", "order": "corrected"}
 
 
 @pytest.mark.parametrize("order", ORDERS)

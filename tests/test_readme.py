@@ -38,13 +38,15 @@ class Scheduler:
     def step(self) -> None: ...
 
 
-def test_readme_runs() -> None:
+def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert len(BLOCKS) >= 4
     inputs = random_inputs(query_len=200, head_dim=16)
     names: dict[str, Any] = {
         "torch": torch,
         "nn": nn,
         "model": tiny(),
+        "transformer": tiny(),
         "x": tokens(100),
         "pipe": SimpleNamespace(transformer=Repeating().eval(), scheduler=Scheduler()),
         "query": inputs.query,

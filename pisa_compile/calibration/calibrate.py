@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..generation import Generate, check_not_compiled
 from ..policy import DEFAULT, Policy
 from .errors import relative_l2
 from .pipelines import of_pipeline
 from .plan import Plan, measured
 from .progress import progress
 from .result import Calibration
-from .runner import Generate, Runner
+from .runner import Runner
 
 DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.65)
 
@@ -71,6 +72,7 @@ def calibrate(
     if not isinstance(model, nn.Module):
         model, of_its_own = of_pipeline(model)
         generate = generate or of_its_own
+    check_not_compiled(model)
     if isinstance(inputs, (Tensor, str, Mapping)) or len(inputs) == 0:
         raise ValueError("inputs must be a list with at least one input")
     asked = {"sparsity": sparsity, "speedup": speedup, "max_error": max_error}
@@ -82,9 +84,12 @@ def calibrate(
     if not choices or not all(0.0 < density < 1.0 for density in choices):
         raise ValueError(f"densities must be in (0, 1), got {densities}")
     base = (policy or Policy()).over(DEFAULT)
-    run = Runner(model, generate, base)
 
-    with progress(show_progress) as bar, torch.no_grad():
+    with (
+        progress(show_progress) as bar,
+        torch.no_grad(),
+        Runner(model, generate, base) as run,
+    ):
         table, dense = measured(run, inputs, choices, bar)
         plan = Plan.of(table, per_head)
         if sensitivity:

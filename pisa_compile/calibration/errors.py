@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..cost import Workload
 from ..kernels import dispatch
+from ..module_names import ModuleNames
 from ..observation import Call, observed
 from ..policy import Policy
 from ..steps import current_step
@@ -59,19 +60,17 @@ def measuring(table: ErrorTable, model: nn.Module, base: Policy) -> Iterator[Non
         model: names the sites.
         base: a resolved policy, which says how what is not exact is approximated.
     """
-    names = {str(id(module)): name for name, module in model.named_modules()}
+    names = ModuleNames(model)
 
     @torch.no_grad()
     def observe(call: Call) -> None:
         if call.site is None or call.params.sparsity != 0 or call.density is not None:
             return  # a site with a policy of its own
-        identity, path = call.site.modules[-1] if call.site.modules else ("", call.site.module)
-        name = names.get(identity, path)
         step = current_step()
         index = 0 if step is None else step.index
-        if step is not None and step.count is not None:
-            table.steps = max(table.steps, step.count)
-        _add(table, name, index, call, base)
+        count = None if step is None else step.count
+        table.steps = max(table.steps, index + 1, count or 1)
+        _add(table, names.of(call.site), index, call, base)
 
     with observed(observe):
         yield

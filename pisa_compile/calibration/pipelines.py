@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..attachment import attach
-from .runner import Generate
+from ..generation import Generate
 
 _MODELS = ("transformer", "unet")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .. import cost
 from ..kernels.params import AttentionParams
+from ..module_names import ModuleNames
 from ..observation import densities_from
 from ..policy import DENSE, Policy
 from ..schedule import Schedule
@@ -87,14 +89,13 @@ class Plan:
         """Set the weights from generations in which a part of the model was sparse."""
         steps = self.table.steps
         groups = step_groups(steps, _GROUPS)
-        identities = {str(id(module)): name for name, module in run.model.named_modules()}
+        names = ModuleNames(run.model)
 
         def squared_error(site: str | None, group: int | None) -> float:
             def density(decision: Any, params: AttentionParams) -> Tensor | None:
-                identity, path = decision.modules[-1] if decision.modules else ("", decision.module)
                 now = current_step()
                 index = 0 if now is None else now.index
-                mine = site in (None, identities.get(identity, path))
+                mine = site in (None, names.of(decision))
                 mine = mine and group in (None, int(groups[min(index, steps - 1)]))
                 return torch.tensor(_PROBE if mine else 1.0, device=run_device)
 
@@ -166,17 +167,25 @@ class Plan:
         return {
             name: [
                 float(densities[(self.site == number) & (self.step == step)].mean())
-                for step in sorted(self.table.sites[name].error)
+                for step in self._known_steps(name)
             ]
             for number, name in enumerate(self.names)
         }
+
+    def _known_steps(self, name: str) -> list[int]:
+        """For every step the one whose choice holds: itself, or another where the site did not run.
+
+        A cache may skip a site. Then the choice of the last step before holds, or of the first.
+        """
+        ran = sorted(self.table.sites[name].error)
+        return [ran[max(0, bisect_right(ran, step) - 1)] for step in range(self.table.steps)]
 
     def policies(self, chosen: Tensor, base: Policy) -> dict[str, Policy]:
         densities = self._densities(chosen)
         found = {}
         for number, name in enumerate(self.names):
             entries = []
-            for step in sorted(self.table.sites[name].error):
+            for step in self._known_steps(name):
                 own = densities[(self.site == number) & (self.step == step)].tolist()
                 sparsities = [round(1.0 - density, 6) for density in own]
                 entries.append(sparsities[0] if len(set(sparsities)) == 1 else sparsities)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..policy import Policy, set_policy
 from ..policy_file import save_policy
+from ..tables import TOP_LEVEL, table_text
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ class Calibration:
         }
 
     def __str__(self) -> str:
-        lines = ["density by step                                   site"]
+        rows = []
         for site, densities in self.densities.items():
             shown = densities[:: max(1, len(densities) // 10)][:10]
-            lines.append(f"{' '.join(f'{d:.2f}' for d in shown):49} {site or '(top level)'}")
+            rows.append((site or TOP_LEVEL, " ".join(f"{density:.2f}" for density in shown)))
+        lines = [table_text(("module", "density by step"), rows)]
         lines.append(
             f"mean density {self.mean_density:.3f}; predicted: attention "
             f"{self.predicted_speedup:.2f}x faster"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..report import Report, Site
+from ..tables import TOP_LEVEL, rich_table
 
 
 def print_json(value: Any) -> None:
@@ -58,28 +59,26 @@ def print_report(report: Report, console: Console, *, every_site: bool = False) 
 
 
 def _grouped(report: Report) -> Table:
-    table = Table("module", "sites", "query", "calls", "decision", "why, policy")
-    for column in table.columns:
-        column.overflow = "fold"  # never cut a module's name
     rows: dict[tuple[str, ...], list[Site]] = {}
     for site in report.sites:
         shape = "x".join(map(str, site.query_shape))
         decision = "sparse" if site.replaced else "dense"
         key = (_pattern(site.module), shape, decision, site.why)
         rows.setdefault(key, []).append(site)
+    lines = []
     for (module, shape, decision, why), sites in rows.items():
         calls = sum(site.calls for site in sites)
-        table.add_row(module, str(len(sites)), shape, str(calls), decision, why)
+        lines.append((module, str(len(sites)), shape, str(calls), decision, why))
     for call in report.not_traced:
         shape = "x".join(map(str, call.query_shape))
-        name = call.module or "(top level)"
-        table.add_row(name, "", shape, str(call.calls), "not traced", call.reason)
-    return table
+        name = call.module or TOP_LEVEL
+        lines.append((name, "", shape, str(call.calls), "not traced", call.reason))
+    return rich_table(("module", "sites", "query", "calls", "decision", "why, policy"), lines)
 
 
 def _pattern(module: str) -> str:
     """`blocks.17.attn` as `blocks.*.attn`, the spelling of `pisa.set_policy`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", module) or "(top level)"
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", module) or TOP_LEVEL
 
 
 def table_of(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

@@ -140,7 +140,7 @@ def test_unknown_architecture_gets_that_of_a_relative(caplog: pytest.LogCaptureF
 
 def test_tuning_needs_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU; the refusal is for those without")
     assert tune.main(["--output", str(tmp_path / "table.json")]) == 1
     assert "needs a CUDA or ROCm device" in capsys.readouterr().err
 
