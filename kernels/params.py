@@ -15,12 +15,14 @@ from torch import Tensor
 ROUTINGS = ("topk", "topk_covariance", "threshold")
 ORDERS = ("none", "zeroth", "hybrid", "corrected", "blockwise")
 BLOCK_SIZES = (16, 32, 64, 128)
-# What is computed where nothing else is said.
+# What users get who say nothing. `AttentionParams` itself defaults to the method of the paper.
 DEFAULT_BLOCK_SIZE, DEFAULT_ROUTING, DEFAULT_ORDER = 64, "topk", "corrected"
 # Key blocks that the GPU kernels can number: 16 bits of an index entry.
 MAX_KERNEL_BLOCKS = 1 << 16
 # Order "corrected": the mass of a block is at most this many times what its mean key says.
 MASS_FACTOR_LIMIT = 8.0
+# There "topk" ranks blocks by `scale * qbar_i . kbar_j` plus this times their log weight.
+ROUTING_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class AttentionParams:
     sparsity: float = 0.85
     block_size: int = DEFAULT_BLOCK_SIZE
     routing: str = DEFAULT_ROUTING
-    order: str = DEFAULT_ORDER
+    order: str = "hybrid"
     exact: tuple[int, int] = (0, 0)
 
     @property
@@ -53,6 +55,11 @@ class AttentionParams:
     def first_order(self) -> bool:
         """Whether one first-order matrix serves all approximated blocks of a head."""
         return self.order in ("hybrid", "corrected")
+
+    @property
+    def weighs_routing(self) -> bool:
+        """Whether the scatter of a block's keys has a say in its being exact."""
+        return self.order == "corrected" and self.routing == "topk"
 
     @property
     def threshold_beta(self) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .params import (
     MASS_FACTOR_LIMIT,
+    ROUTING_WEIGHT,
     AttentionParams,
     block_count,
     exact_block_count,
@@ -94,11 +95,10 @@ def attention(
         key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
 
     stats = block_statistics(k, v, key_mask, size)
-    selected = route(q, stats, key.shape[2], params, density)  # [B, H, M, N]
+    kv_heads = key.shape[1]
+    selected = route(q, stats, key.shape[2], params, density, kv_heads=kv_heads)  # [B, H, M, N]
     first_order = _first_order_matrix(stats, params)
-    log_weight = stats.length.clamp(min=1).to(dtype).log()  # [B, 1, N]
-    if params.order == "corrected":
-        log_weight = log_weight + tail_mass_correction(q, stats, params.scale, key.shape[1])
+    log_weight = block_log_weight(q, stats, params, kv_heads)
     key_block = torch.arange(key.shape[2], device=key.device) // size
 
     out = query.new_empty(batch, query_len, heads, value.shape[3]).transpose(1, 2)
@@ -161,6 +161,16 @@ def _in_order(
     return out, lse
 
 
+def block_log_weight(
+    q: Tensor, stats: BlockStatistics, params: AttentionParams, kv_heads: int
+) -> Tensor:
+    """Logarithm of the mass of each block in units of `exp(s(q, kbar_j))`. [B, 1 or H, N]"""
+    log_weight = stats.length.clamp(min=1).to(q.dtype).log()  # [B, 1, N]
+    if params.order == "corrected":
+        log_weight = log_weight + tail_mass_correction(q, stats, params.scale, kv_heads)
+    return log_weight
+
+
 def tail_mass_correction(q: Tensor, stats: BlockStatistics, scale: float, kv_heads: int) -> Tensor:
     """Logarithm of the factor by which the scatter of its keys raises a block's mass. [B, H, N]
 
@@ -207,11 +217,14 @@ def route(
     key_len: int,
     params: AttentionParams,
     density: Tensor | None = None,
+    *,
+    kv_heads: int | None = None,
 ) -> Tensor:
     """The exact set S_i of every query block, boolean [B, H, M, N].
 
     Blocks that overlap the exact prefix or suffix are always in it; `sparsity` (or `density`, []
     or [H]) applies to the remaining ("free") blocks. Blocks without a valid key are never in it.
+    `kv_heads` is the number of distinct heads in `stats`, by default all.
     """
     batch, heads, query_len, _ = q.shape
     size, blocks = params.block_size, stats.length.shape[-1]
@@ -221,7 +234,8 @@ def route(
     if first < last:
         fraction, count = _budget(density, last - first, params, q.device)
         valid = stats.valid[:, :, None, first:last]
-        score = _proxy_score(q, stats, params)[..., first:last].masked_fill(~valid, -torch.inf)
+        score = _proxy_score(q, stats, params, kv_heads or heads)[..., first:last]
+        score = score.masked_fill(~valid, -torch.inf)
         if params.routing == "threshold":
             chosen = _above_threshold(score, valid, fraction)
         else:
@@ -252,8 +266,14 @@ def _budget(
     return fraction, exact_block_counts(fraction, blocks)
 
 
-def _proxy_score(q: Tensor, stats: BlockStatistics, params: AttentionParams) -> Tensor:
-    """`scale * qbar_i . kbar_j`, plus the covariance term where asked for. [B, H, M, N]"""
+def _proxy_score(
+    q: Tensor, stats: BlockStatistics, params: AttentionParams, kv_heads: int
+) -> Tensor:
+    """`scale * qbar_i . kbar_j`, plus a term for each key block where asked for. [B, H, M, N]
+
+    The error of approximating a block grows with its mass and once more with the scatter of its
+    keys. Order "corrected" knows both, so there the log weight of the block counts twice.
+    """
     size = params.block_size
     tokens = q.shape[2]
     pad = block_count(tokens, size) * size - tokens
@@ -269,6 +289,9 @@ def _proxy_score(q: Tensor, stats: BlockStatistics, params: AttentionParams) -> 
         mean = per_block.sum(2) / valid_blocks
         norm = (per_block - mean[:, :, None]).flatten(-2).norm(dim=-1)  # [B, H, N]
         score = score + (norm + COVARIANCE_EPS).log()[:, :, None]
+    elif params.weighs_routing:
+        log_weight = block_log_weight(q, stats, params, kv_heads)
+        score = score + ROUTING_WEIGHT * log_weight[:, :, None]
     return score
 
 

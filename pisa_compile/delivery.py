@@ -1,7 +1,7 @@
 """What routing delivered: the density that was computed, and how much attention it covered.
 
 Asked for by `with pisa.delivered()`. The routing of every call is computed a second time in float32
-by the specification, head by head, so a run under it is slower; without it nothing is computed.
+by the specification, a key head at a time, so a run under it is slower; otherwise it is free.
 """
 
 from __future__ import annotations
@@ -91,29 +91,29 @@ def delivered() -> Iterator[Deliveries]:
 
 @torch.no_grad()
 def _delivery(call: Call, module: str, index: int) -> Delivery:
-    heads = call.query.shape[1]
-    group = heads // call.key.shape[1]
+    heads, kv_heads = call.query.shape[1], call.key.shape[1]
     requested = torch.full((heads,), call.params.density)
     if call.density is not None:
         requested = call.density.detach().to("cpu").expand(heads).clone()
     density, mass = torch.zeros(heads), torch.zeros(heads)
-    for head in range(heads):
-        own = slice(head // group, head // group + 1)
-        found = _head(
+    group = heads // kv_heads
+    for head in range(kv_heads):
+        queries, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        density[queries], mass[queries] = _group(
             call,
-            call.query[:, head : head + 1],
+            call.query[:, queries],
             call.key[:, own],
             call.value[:, own],
-            requested[head : head + 1].to(call.query.device) if call.density is not None else None,
+            requested[queries].to(call.query.device) if call.density is not None else None,
         )
-        density[head], mass[head] = found
     return Delivery(module, index, requested, density, mass)
 
 
-def _head(
+def _group(
     call: Call, query: Tensor, key: Tensor, value: Tensor, density: Tensor | None
-) -> tuple[float, float]:
-    q, k, v = (x.to(torch.float32) for x in (query, key, value))
+) -> tuple[Tensor, Tensor]:
+    """Density and mass [h] of the query heads [B, h, T, D] that share one key head [B, 1, T, D]."""
+    q, k, v = (x.to(torch.float32).expand(-1, query.shape[1], -1, -1) for x in (query, key, value))
     key_len, size = k.shape[2], call.params.block_size
     mask = call.key_mask
     if mask is None:
@@ -122,9 +122,9 @@ def _head(
         order = call.permutation
         q, k, v, mask = q[:, :, order], k[:, :, order], v[:, :, order], mask[:, order]
     stats = reference.block_statistics(k, v, mask, size)
-    exact = reference.route(q, stats, key_len, call.params, density)  # [B, 1, M, N]
+    exact = reference.route(q, stats, key_len, call.params, density, kv_heads=1)  # [B, h, M, N]
     blocks = stats.valid.sum(-1).clamp(min=1)[..., None]  # [B, 1, 1]
-    density_found = (exact.sum(-1) / blocks).mean()
+    density_found = (exact.sum(-1) / blocks).mean((0, 2))
 
     count = min(_SAMPLED_ROWS, q.shape[2])
     rows = torch.linspace(0, q.shape[2] - 1, count, device=q.device).long()
@@ -132,9 +132,9 @@ def _head(
     logit = logit.masked_fill(~mask[:, None, None], -torch.inf)
     weight = logit.softmax(-1).nan_to_num(0.0)  # rows without any valid key
     weight = torch.nn.functional.pad(weight, (0, block_count(key_len, size) * size - key_len))
-    per_block = weight.reshape(*weight.shape[:-1], -1, size).sum(-1)  # [B, 1, rows, N]
+    per_block = weight.reshape(*weight.shape[:-1], -1, size).sum(-1)  # [B, h, rows, N]
     covered = (per_block * exact[:, :, rows // size]).sum(-1)
-    return float(density_found), float(covered.mean())
+    return density_found.cpu(), covered.mean((0, 2)).cpu()
 
 
 def _spread(values: Tensor) -> str:

@@ -86,7 +86,8 @@ def attention(
             The exact blocks of each query block number `max(1, ceil((1 - sparsity) * N))`.
         scale: factor on `query @ key^T`; `D ** -0.5` by default.
         block_size: tokens per block of queries and of keys: 16, 32, 64 or 128.
-        routing: which blocks are exact. "topk": highest product of mean query and mean key;
+        routing: which blocks are exact. "topk": highest product of mean query and mean key, with
+            order "corrected" plus twice the logarithm of the block's corrected mass;
             "topk_covariance": the same plus the log norm of the block's key-value covariance;
             "threshold": those above mean + beta * std of their row (Sol-Attn, arXiv 2607.24027),
             beta chosen for the asked density.

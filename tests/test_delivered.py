@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import pisa_compile as pisa
+from pisa_compile.kernels import reference
+from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import random_inputs
 
 from . import models
@@ -51,6 +53,29 @@ def test_mass_is_that_of_dense_attention() -> None:
         )
     expected = (out * (kept > 0)).sum(-1).mean()
     assert float(deliveries.calls[0].mass) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_heads_that_share_keys_are_routed_as_the_op_routes_them() -> None:
+    """The correction takes a mean over all of them, and with it decides which blocks are exact."""
+    inputs = random_inputs(heads=4, kv_heads=2, query_len=300, head_dim=16, seed=2)
+    query, key, value, _ = inputs.astuple()
+    query[:, ::2] *= 4.0
+    key[:, :, ::48] *= 5.0  # some blocks scatter more than others
+    settings = {"sparsity": 0.7, "block_size": 16, "enable_gqa": True}
+    with pisa.delivered() as deliveries:
+        pisa.attention(query, key, value, **settings)
+    params = AttentionParams(16**-0.5, 0.7, 16, order="corrected")
+    k, v = (x.repeat_interleave(2, 1) for x in (key, value))
+    stats = reference.block_statistics(k, v, torch.ones(1, 300, dtype=torch.bool), 16)
+    masses = []
+    for kv_heads in (2, 4):  # 4: as if each head had keys of its own
+        exact = reference.route(query, stats, 300, params, kv_heads=kv_heads)
+        rows = torch.linspace(0, 299, 128).long()
+        weight = (params.scale * query[:, :, rows] @ k.mT).softmax(-1)
+        kept = exact[:, :, rows // 16].repeat_interleave(16, -1)[..., :300]
+        masses.append((weight * kept).sum(-1).mean((0, 2)))
+    torch.testing.assert_close(deliveries.calls[0].mass, masses[0])
+    assert not torch.allclose(masses[0], masses[1], atol=1e-4)
 
 
 def test_sites_of_a_compiled_model_and_the_table() -> None:

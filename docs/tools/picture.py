@@ -38,7 +38,7 @@ def example() -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     query, key = example()
-    params = AttentionParams(scale=DIM**-0.5, sparsity=SPARSITY, block_size=BLOCK)
+    params = AttentionParams(scale=DIM**-0.5, sparsity=SPARSITY, block_size=BLOCK, order="hybrid")
     tokens = key.shape[2]
     mask = torch.ones(1, tokens, dtype=torch.bool)
     stats = reference.block_statistics(key, key, mask, BLOCK)

@@ -15,12 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..params import MASS_FACTOR_LIMIT, AttentionParams, block_count, free_blocks
+from ..params import (
+    MASS_FACTOR_LIMIT,
+    ROUTING_WEIGHT,
+    AttentionParams,
+    block_count,
+    free_blocks,
+)
 from ..permutation import check_values
 from .budget import budgets
 
 LIBRARY = Path(__file__).with_name("_pisa_cpu.so")
-ABI_VERSION = 2
+ABI_VERSION = 3
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROUTINGS = {"topk": 0, "topk_covariance": 1, "threshold": 2}
 _ORDERS = {"none": 0, "zeroth": 1, "hybrid": 2, "corrected": 3}
@@ -46,7 +52,7 @@ class _Call(ctypes.Structure):
         ("block", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("free_first", "free_last")),
         *((name, ctypes.c_int64) for name in ("query_first", "query_last")),
-        *((name, ctypes.c_double) for name in ("scale", "mass_limit")),
+        *((name, ctypes.c_double) for name in ("scale", "mass_limit", "routing_weight")),
         *((name, ctypes.c_int32) for name in ("dtype", "routing", "order", "threads")),
     ]
 
@@ -214,6 +220,7 @@ def attention(
         query_last=query_last,
         scale=params.scale,
         mass_limit=MASS_FACTOR_LIMIT,
+        routing_weight=ROUTING_WEIGHT if params.weighs_routing else 0.0,
         dtype=_DTYPES[query.dtype],
         routing=_ROUTINGS[params.routing],
         order=_ORDERS[params.order],

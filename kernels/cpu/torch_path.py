@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..params import MASS_FACTOR_LIMIT, AttentionParams, free_blocks
+from ..params import MASS_FACTOR_LIMIT, ROUTING_WEIGHT, AttentionParams, free_blocks
 from ..permutation import check_values
 from .budget import Budget, budgets
 
@@ -142,7 +142,6 @@ def _head_attention(
     size, tokens = params.block_size, query.shape[0]
     head = _cut(key, value, mask, size, dtype)
     q = _blocks(query.to(dtype), size)  # [M, S, D]
-    selected = _select(q, tokens, key.shape[0], head, params, budget)  # [M, N]
     log_weight = head.length.clamp(min=1).to(dtype).log()  # [N]
     first_order = None
     if params.first_order:
@@ -155,6 +154,7 @@ def _head_attention(
             beta = 0.5 * params.scale**2 * (scatter @ energy)
             limited = beta.nan_to_num(torch.inf).clamp(max=MASS_FACTOR_LIMIT - 1)
             log_weight += limited.log1p()
+    selected = _select(q, tokens, key.shape[0], head, log_weight, params, budget)  # [M, N]
     ragged = mask is not None or key.shape[0] % size != 0
 
     for chunk in _chunks(selected.sum(1), size * (key.shape[1] + value.shape[1] + size)):
@@ -194,7 +194,13 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 
 def _select(
-    q: Tensor, query_len: int, key_len: int, head: _Head, params: AttentionParams, budget: Budget
+    q: Tensor,
+    query_len: int,
+    key_len: int,
+    head: _Head,
+    log_weight: Tensor,
+    params: AttentionParams,
+    budget: Budget,
 ) -> Tensor:
     """The exact key blocks of every query block, boolean [M, N]."""
     selected = head.length.gt(0).repeat(q.shape[0], 1)
@@ -206,6 +212,8 @@ def _select(
     score = params.scale * ((q.sum(1) / rows) @ head.key_mean[first:last].T)
     if params.routing == "topk_covariance":
         score += _log_covariance(head)[first:last]
+    elif params.weighs_routing:
+        score += ROUTING_WEIGHT * log_weight[first:last]
     valid = selected[:, first:last].clone()
     score.masked_fill_(~valid, -torch.inf)
     if params.routing == "threshold":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..params import MASS_FACTOR_LIMIT, AttentionParams, block_count
+from ..params import MASS_FACTOR_LIMIT, ROUTING_WEIGHT, AttentionParams, block_count
 from ..reference import COVARIANCE_EPS
 from .block_statistics import block_statistics_kernel, covariance_kernel, first_order_kernel
 from .configs import Config, lookup, padded_width
@@ -346,10 +346,12 @@ def _routing(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int)
     heads = count * g.group_size
     first, last = g.free
     dense_first, dense_last = g.dense
+    weighed = g.params.weighs_routing
     arguments = {
         "query": call.query, "permutation": call.permutation,
         "key_mean": buffers.key_mean, "log_weight": buffers.log_weight,
-        "score_bias": buffers.score_bias, "scratch": buffers.scratch,
+        "score_bias": buffers.log_weight if weighed else buffers.score_bias,
+        "BIAS_FACTOR": ROUTING_WEIGHT if weighed else 1.0, "scratch": buffers.scratch,
         "indices": buffers.indices, "counts": buffers.counts, "bitmap": buffers.bitmap,
         **call.density_arguments, **_strides("query", call.query, "bhtd"),
         "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,

@@ -167,7 +167,7 @@ def route_kernel(
     permutation,  # int32 or int64 [Tq], or None
     key_mean,  # float32 [kv heads, blocks, D]
     log_weight,  # float32 [kv heads, blocks], -inf for blocks without a valid key
-    score_bias,  # float32 [kv heads, blocks] or None
+    score_bias,  # float32 [kv heads, blocks] or None; BIAS_FACTOR times it is added to the scores
     density,  # float32 [H] or None
     scratch,  # float32 [programs, Q, scratch_stride]
     indices,  # out int32 [heads, index_tiles, capacity]: sorted entries
@@ -192,6 +192,7 @@ def route_kernel(
     ROWS: tl.constexpr,
     SELECT: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BIAS_FACTOR: tl.constexpr,
     N: tl.constexpr,
     T: tl.constexpr,
     PACK: tl.constexpr,
@@ -216,7 +217,7 @@ def route_kernel(
             _score_rows(
                 mean, key_mean + kv_row * D, d_columns, score_bias, kv_row,
                 scratch, scratch_stride, scale, blocks, chunk,
-                D, ROWS, COLUMNS, PRECISION, UPCAST,
+                D, ROWS, COLUMNS, BIAS_FACTOR, PRECISION, UPCAST,
             )  # fmt: skip
             tl.debug_barrier()  # the program's own scratch rows are written
         candidates = free_last - free_first
@@ -292,7 +293,7 @@ def route_kernel(
 def _score_rows(
     mean, key_mean, d_columns, score_bias, kv_row, scratch, scratch_stride, scale, blocks,
     CHUNK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS_FACTOR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Proxy scores of query means [Q, D_CHUNK] with all key blocks, into or onto `scratch`."""
     rows = tl.arange(0, ROWS)
@@ -306,7 +307,8 @@ def _score_rows(
         if CHUNK > 0:
             score += tl.load(scratch + places, mask=valid[None, :], other=0.0)
         elif score_bias is not None:
-            score += tl.load(score_bias + kv_row + columns, mask=valid, other=0.0)[None, :]
+            bias = tl.load(score_bias + kv_row + columns, mask=valid, other=0.0)
+            score += BIAS_FACTOR * bias[None, :]
         tl.store(scratch + places, score, mask=valid[None, :])
 
 

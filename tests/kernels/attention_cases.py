@@ -119,7 +119,7 @@ def routing_is_decided(case: Case) -> bool:
     stats = reference.block_statistics(
         key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, params.block_size
     )
-    scores = reference._proxy_score(query, stats, params)[..., first:last]
+    scores = reference._proxy_score(query, stats, params, key.shape[1])[..., first:last]
     for b in range(len(scores)):
         score = scores[b][..., stats.valid[b, 0, first:last]]  # [H, M, valid blocks]
         if score.shape[-1] < 2:

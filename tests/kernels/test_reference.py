@@ -94,7 +94,10 @@ def naive_head(
     tokens_in_all = sum(len(blocks[j]) for j in filled)
     for start in range(0, len(q), size):
         rows = range(start, min(start + size, len(q)))
-        exact = naive_exact_set(q, len(k), start, mean, matrix, len(blocks), params, density)
+        weight = {j: len(blocks[j]) * factor[j] for j in filled}
+        exact = naive_exact_set(
+            q, len(k), start, mean, matrix, weight, len(blocks), params, density
+        )
         for t in rows:
             numerator = torch.zeros(v.shape[1], dtype=torch.float64)
             denominator, tail = 0.0, 0.0
@@ -121,6 +124,7 @@ def naive_exact_set(
     start: int,
     mean: dict[int, Tensor],
     matrix: dict[int, Tensor],
+    weight: dict[int, float],
     blocks: int,
     params: AttentionParams,
     density: float,
@@ -144,6 +148,9 @@ def naive_exact_set(
         average = sum(matrix.values(), torch.zeros_like(matrix[next(iter(mean))])) / len(mean)
         for j in score:
             score[j] += math.log(float((matrix[j] - average).norm()) + 1e-6)
+    if params.routing == "topk" and params.order == "corrected":
+        for j in score:  # by mass, and by how wrong the mass without correction would be
+            score[j] += 2 * math.log(weight[j])
     ranked = sorted(score, key=lambda j: -score[j])
     if params.routing == "threshold":
         mu = sum(score.values()) / max(1, len(score))
@@ -421,6 +428,19 @@ def test_threshold_density_is_close_to_the_one_asked_for(sparsity: float) -> Non
     inputs = Inputs(query, key, key, None)
     selected = routed(inputs, replace(PARAMS, sparsity=sparsity, routing="threshold"))
     assert abs(float(selected.double().mean()) - (1 - sparsity)) < 0.01
+
+
+def test_of_two_blocks_that_score_alike_the_scattered_one_is_exact() -> None:
+    """Because its mean says least about it; only order "corrected" knows the scatter."""
+    inputs = double_inputs(query_len=48, heads=1, seed=4)
+    key = inputs.key.clone()
+    key[:, :, :16] = key[:, :, :1]
+    offset = torch.randn(8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    key[:, :, 16:32] = 0.99 * key[:, :, :1] + torch.cat([offset, -offset])
+    inputs = replace(inputs, key=key, query=key[:, :, :1].expand(1, 1, 48, 16))
+    for order, chosen in (("hybrid", 0), ("corrected", 1)):
+        selected = routed(inputs, replace(PARAMS, sparsity=0.7, order=order))[0, 0]
+        assert selected.nonzero()[:, 1].tolist() == [chosen] * 3
 
 
 def routed(inputs: Inputs, params: AttentionParams) -> Tensor:

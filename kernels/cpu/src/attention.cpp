@@ -245,10 +245,12 @@ void Attention::select(const Scratch& s, const Head& h, int64_t query_head, bool
   int64_t picked = 0;
   if (first < last) {
     const float scale = static_cast<float>(c.scale);
+    const float weight = static_cast<float>(c.routing_weight * std::log(2.0));
     k.dots(s.score + first, s.query_mean, h.key_mean + first * p.ld_key, p.ld_key, last - first);
     for (int64_t j = first; j < last; ++j) {
       s.score[j] *= scale;
       if (p.covariance) s.score[j] += h.norm[j];
+      if (weight != 0.0f) s.score[j] += weight * h.log_weight[j];
       // A NaN would break the ordering; like torch.topk, take it for the largest value.
       if (std::isnan(s.score[j])) s.score[j] = kInfinity;
       if (h.length[j] > 0) s.index[picked++] = static_cast<int32_t>(j);

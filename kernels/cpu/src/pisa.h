@@ -40,6 +40,7 @@ struct Call {
   int64_t query_first, query_last;  // query blocks outside this range attend densely
   double scale;
   double mass_limit;      // order kCorrected: the largest factor on the mass of a block
+  double routing_weight;  // times the log weight of a block, added to its score; 0 for none
   int32_t dtype, routing, order, threads;
 };
 
@@ -87,7 +88,7 @@ struct Kernels {
 };
 
 // Raise whenever Call, a signature or the meaning of a field changes.
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 }  // namespace pisa
 

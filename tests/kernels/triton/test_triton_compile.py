@@ -88,6 +88,7 @@ CALLS: dict[str, dict[str, Any]] = {
                          "kernels": ("cuts", "forward")},
     "threshold_zeroth": {"routing": "threshold", "order": "zeroth"},
     "topk_none": {"routing": "topk", "order": "none", "kernels": ("routing", "forward")},
+    "topk_corrected": {"routing": "topk", "order": "corrected", "kernels": ("routing",)},
     "threshold_none": {"routing": "threshold", "order": "none", "kernels": ("routing",)},
 }  # fmt: skip
 

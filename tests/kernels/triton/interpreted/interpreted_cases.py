@@ -109,7 +109,7 @@ def routing_gap(
         k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), mask, params.block_size
     )
     valid = stats.valid[:, :, None, first:last]
-    score = reference._proxy_score(q, stats, params)[..., first:last]
+    score = reference._proxy_score(q, stats, params, k.shape[1])[..., first:last]
     score = score.masked_fill(~valid, -torch.inf)
     if density is None:
         density = torch.tensor(params.density, dtype=torch.float64)
