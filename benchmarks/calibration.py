@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -90,8 +91,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 x = euler_step(model, x, torch.tensor([label]), times[i], times[i + 1])
         return x
 
-    with progress(True) as bar, torch.no_grad():
-        plain = Runner(model, generate, DEFAULT)
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress(True))
+        stack.enter_context(torch.no_grad())
+        plain = stack.enter_context(Runner(model, generate, DEFAULT))
         dense = [plain(picture) for picture in bar.track(pictures, "dense")]
 
         def add(policy: str, order: str, run: Callable[[Any], Tensor], **more: Any) -> None:
@@ -113,7 +116,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         for order, policy in ORDERS.items():
             save(record, arguments.output)  # half a record is better than none
-            runner = Runner(model, generate, policy.over(DEFAULT))
+            runner = stack.enter_context(Runner(model, generate, policy.over(DEFAULT)))
             start = time.perf_counter()
             table, results = measured(runner, [CALIBRATED_ON], DENSITIES, bar)
             plan = Plan.of(table, per_head=True)
@@ -132,8 +135,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if order == DEFAULT.curve:
                 chosen = plan.solve(sparsity=DEFAULT.sparsity, speedup=None, max_error=None)
                 speedup = plan.dense_seconds / plan.seconds(chosen)
-                torch._dynamo.reset()  # the runs before filled the cache of the model's code
-                zero_code = torch.compile(model, backend="pisa", options={"inner": "eager"})
+                zero_code = plain.of({})
 
                 def preset(picture: Any, compiled: Any = zero_code) -> Tensor:
                     return generate(compiled, picture).flatten()

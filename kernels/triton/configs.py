@@ -107,7 +107,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # mma.sync, 99 KB
     "sm_86": {
         32: Config(),
-        64: Config(),
+        64: Config(guarded=Launch(8, 2)),
         128: replace(
             _SMALL_KEYS, guarded=Launch(8, 2, 255), inside_guarded=False, statistics=Launch(8, 1)
         ),
