@@ -1,11 +1,11 @@
 r"""Calibrated against uniform policies on the photo DiT: PSNR to dense pictures at equal cost.
 
     python benchmarks/calibration.py --output benchmarks/results/calibration.json
-    python benchmarks/calibration.py --plot benchmarks/results/calibration.json \
-        docs/images/calibration.png
+    python benchmarks/calibration.py --draw benchmarks/results/calibration.json
 
 Calibration sees one picture; PSNR is measured on others, from other noise. Every pair of policies
-has the same predicted attention time. "preset" is what happens without any setting.
+has the same predicted attention time. "preset" is what happens without any setting. `--draw` makes
+the picture and the table of docs/calibration.md from a record.
 """
 
 from __future__ import annotations
@@ -45,18 +45,23 @@ from pisa_compile.policy import DEFAULT
 SPARSITIES = (0.7, 0.85, 0.92)
 CALIBRATED_ON = (0, 3)  # seed of the noise, number of the photograph
 PICTURES = ((101, 0), (102, 4), (103, 7))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, PICTURE = DOCS / "calibration.md", DOCS / "images" / "calibration.png"
+BEGIN, END = "<!-- table: python benchmarks/calibration.py -->", "<!-- end -->"
 ORDERS = {"raster": pisa.Policy(curve="raster"), "curve": pisa.Policy(curve="hilbert")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RECORD", "PICTURE"))
+    parser.add_argument("--draw", type=Path, metavar="RECORD")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--quick", action="store_true", help="4 steps, one picture, one sparsity")
     arguments = parser.parse_args()
-    if arguments.plot:
-        plot(json.loads(arguments.plot[0].read_text()), arguments.plot[1])
+    if arguments.draw:
+        record = json.loads(arguments.draw.read_text())
+        plot(record, PICTURE)
+        PAGE.write_text(page(record, PAGE.read_text()))
         return
     record = run(arguments)
     save(record, arguments.output)
@@ -160,6 +165,36 @@ def gains(record: dict[str, Any]) -> list[tuple[str, float, float]]:
         difference = result["psnr_db_mean"] - even["psnr_db_mean"]
         found.append((result["order"], result["predicted_attention_speedup"], difference))
     return found
+
+
+def page(record: dict[str, Any], old: str) -> str:
+    """The page with this record's table in place of the one that it shows."""
+    before, _, rest = old.partition(BEGIN)
+    return f"{before}{BEGIN}\n{markdown(record)}\n{END}{rest.partition(END)[2]}"
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """PSNR by speed-up: a row for each pair of policies of equal cost, and the presets."""
+    lines = [
+        "| order of tokens | attention, times faster | uniform, dB | calibrated, dB | gain, dB |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    by_policy = {
+        policy: [r for r in record["results"] if r["policy"] == policy]
+        for policy in ("calibrated", "uniform", "preset")
+    }
+    for ours, even in zip(by_policy["calibrated"], by_policy["uniform"], strict=True):
+        quality = ours["psnr_db_mean"], even["psnr_db_mean"]
+        lines.append(
+            f"| {ours['order']} | {ours['predicted_attention_speedup']:.2f} | {quality[1]:.2f} | "
+            f"{quality[0]:.2f} | {quality[0] - quality[1]:+.2f} |"
+        )
+    for preset in by_policy["preset"]:
+        lines.append(
+            f"| {preset['order']}, no setting at all | "
+            f"{preset['predicted_attention_speedup']:.2f} | {preset['psnr_db_mean']:.2f} | | |"
+        )
+    return "\n".join(lines)
 
 
 def show(record: dict[str, Any]) -> None:

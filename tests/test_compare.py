@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import pisa_compile as pisa
+from pisa_compile import generation
 from pisa_compile.kernels import reference
 
 from .models import tiny, tokens
@@ -169,7 +170,12 @@ def test_a_compiled_model_is_refused() -> None:
         pisa.compare(lambda x: x, [tokens()], policies=[pisa.DENSE])
 
 
-def test_many_policies_leave_the_model_fit_for_its_own_compilation() -> None:
+@pytest.mark.parametrize("isolates", [True, False], ids=["isolating", "older"])
+def test_many_policies_leave_the_model_fit_for_its_own_compilation(
+    isolates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a torch that keeps all compilations of a function in one list."""
+    monkeypatch.setattr(generation, "_ISOLATES", isolates and generation._ISOLATES)
     model = tiny()
     limit = torch._dynamo.config.recompile_limit
     pisa.compare(

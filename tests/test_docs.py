@@ -4,6 +4,8 @@ of the records. What needs a GPU or a download gets a small stand-in here."""
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -223,6 +225,14 @@ def test_site_shows_links_to_the_repository_as_names() -> None:
 
 def test_benchmarks_are_those_of_the_records() -> None:
     assert benchmarks_page.PAGE.read_text() == benchmarks_page.page(benchmarks_page.records())
+
+
+@pytest.mark.parametrize("name", ["calibration", "compile_time"])
+def test_tables_are_those_of_the_records(name: str) -> None:
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    record = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    text = benchmark.PAGE.read_text()
+    assert benchmark.page(record, text) == text
 
 
 def test_navigation_leaves_out_what_does_not_exist(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # mma.sync, 163 KB of shared memory
     "sm_80": {
         32: Config(),
-        64: Config(),
+        64: Config(selecting=Launch(8, 2), inside_guarded=False),
         128: replace(
             _SMALL_KEYS, guarded=Launch(8, 2, 255), selecting=Launch(8, 2, 255),
             statistics=Launch(8, 1),
@@ -107,7 +107,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # mma.sync, 99 KB
     "sm_86": {
         32: Config(),
-        64: Config(guarded=Launch(8, 2)),
+        64: Config(guarded=Launch(8, 2), selecting=Launch(8, 2)),
         128: replace(
             _SMALL_KEYS, guarded=Launch(8, 2, 255), inside_guarded=False, statistics=Launch(8, 1)
         ),
@@ -115,8 +115,8 @@ _TABLE: dict[str, dict[int, Config]] = {
     },
     "sm_120": {
         32: Config(),
-        64: Config(guarded=Launch(8, 2), selecting=Launch(8, 1)),
-        128: Config(forward=Launch(8, 1), statistics=Launch(8, 1)),
+        64: Config(guarded=Launch(8, 2), selecting=Launch(8, 1), inside_guarded=False),
+        128: Config(forward=Launch(8, 1), inside_guarded=False, statistics=Launch(8, 1)),
         256: replace(_WIDE, guarded_rows=32, guarded=Launch(8, 1)),
     },
     # wgmma and TMA, 227 KB
