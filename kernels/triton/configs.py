@@ -82,8 +82,10 @@ INTERPRETER = Config(centroids=32, tile=64)
 
 # Float32 operands are split into TF32 parts in registers, so everything is small. Rarely used.
 _FLOAT32 = Config(
-    rows=32, keys=16, centroids=16, tile=16, norm_tile=32, in_chunks=True, forward=Launch(8, 1)
+    rows=32, keys=16, centroids=16, tile=16, norm_tile=32, in_chunks=True, forward=Launch(8, 1),
+    covariance=Launch(8, 1),
 )  # fmt: skip
+_FLOAT32_NVIDIA = replace(_FLOAT32, forward=Launch(8, 1, 255))
 _SMALL_KEYS = Config(keys=32, centroids=32)
 # Deciding threshold routing in the forward kernel takes registers that a head_dim of 256 has not.
 _WIDE = Config(
@@ -199,7 +201,9 @@ def _lookup(architecture: str, width: int, dtype: str) -> Config:
     if family is None:
         family = "sm_86" if architecture.startswith("sm_") else "gfx942"
         logger.warning("no kernel configurations for %s, using those of %s", architecture, family)
-    return _FLOAT32 if dtype == "float32" else _TABLE[family][width]
+    if dtype == "float32":
+        return _FLOAT32_NVIDIA if family.startswith("sm_") else _FLOAT32
+    return _TABLE[family][width]
 
 
 def use_table(path: str | Path | None) -> None:
