@@ -132,7 +132,10 @@ _TABLE: dict[str, dict[int, Config]] = {
     "sm_100": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
         64: Config(descriptors=True, selecting=Launch(8, 2)),
-        128: Config(descriptors=True, guarded=Launch(8, 2), selecting=Launch(8, 2)),
+        128: Config(
+            descriptors=True, guarded=Launch(8, 2), selecting=Launch(8, 2),
+            routing=Launch(8, 2, 255),
+        ),
         256: replace(
             _WIDE_KEYS, descriptors=True, forward=Launch(8, 1), guarded=Launch(8, 2),
             statistics=Launch(8, 2),
