@@ -151,6 +151,8 @@ def _readable(path: str) -> str:
     """`L['self']._modules['blocks']._modules['0'].attn` as `blocks.0.attn`."""
     # set_policy puts a bound forward on instances, through which Dynamo then names what is inside.
     path = path.replace(".forward.args[0]", "")
+    # Modules of a class with a `__getattr__` of its own, such as all models of diffusers.
+    path = path.replace(".__dict__['_modules']", "")
     for old, new in (("._modules['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
     parts = path.split(".")

@@ -6,8 +6,6 @@ from torch import nn
 
 from .passes import Decision
 
-_TRACED_PREFIXES = ("__dict__._modules.", "_orig_mod.")
-
 
 class ModuleNames:
     """What the modules of a model are called in `model.named_modules()`.
@@ -26,6 +24,4 @@ class ModuleNames:
         if decision.modules:
             identity, _ = decision.modules[-1]
             name = self._by_identity.get(identity, name)
-        for prefix in _TRACED_PREFIXES:
-            name = name.removeprefix(prefix)
-        return name
+        return name.removeprefix("_orig_mod.")

@@ -262,6 +262,24 @@ def test_arguments_are_checked() -> None:
         )  # fmt: skip
 
 
+class Forwarding(models.TinyTransformer):
+    """Has a `__getattr__` of its own, as all models of diffusers do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+def test_policies_by_name_reach_modules_behind_a_getattr() -> None:
+    named = {"blocks.1.attn": pisa.Policy(sparsity=0.9)}
+    options = {"inner": "eager", "min_tokens": 1, "sparsity": 0.5, "policy": named}
+    compiled = torch.compile(Forwarding().eval(), backend="pisa", options=options)
+    x = models.tokens(256)
+    with torch.no_grad(), pisa.delivered() as deliveries:
+        compiled(x)
+    found = {call.module: round(float(call.requested[0]), 3) for call in deliveries.calls}
+    assert found == {"blocks.0.attn": 0.5, "blocks.1.attn": 0.1}
+
+
 def test_policies_by_name_need_the_whole_model() -> None:
     model = models.tiny(depth=2)
     named = {"blocks.0.attn": pisa.Policy(sparsity=0.5)}
