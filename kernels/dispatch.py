@@ -80,10 +80,10 @@ def refusal(
         return f"it supports head_dim up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
     if params.order == "blockwise":
         return "it does not implement order='blockwise'"
-    if isinstance(key_len, int) and block_count(key_len, params.block_size) > MAX_KERNEL_BLOCKS:
+    if isinstance(key_len, int) and block_count(key_len, params.key_size) > MAX_KERNEL_BLOCKS:
         return (
             f"it supports up to {MAX_KERNEL_BLOCKS} key blocks, not "
-            f"{block_count(key_len, params.block_size)}; use a larger block_size"
+            f"{block_count(key_len, params.key_size)}; use a larger block_size"
         )
     return None
 

@@ -32,12 +32,13 @@ class AttentionParams:
     Attributes:
         scale: factor on the logits, `s(q, k) = scale * q.k`.
         sparsity: fraction of the key blocks that is approximated, in [0, 1).
-        block_size: tokens per query block and per key block.
+        block_size: tokens per query block, and per key block unless `key_block_size` is given.
         routing: which blocks are exact, one of `ROUTINGS`.
         order: how the other blocks are approximated, one of `ORDERS`.
         exact: `(prefix, suffix)` tokens at both ends of the sequence that every query attends
             exactly. Key blocks that overlap them are exact on top of the routed ones. In
             self-attention (`Tq == Tk`) query blocks that overlap them attend densely.
+        key_block_size: tokens per key block; None for `block_size`. Readers take `key_size`.
     """
 
     scale: float
@@ -46,10 +47,16 @@ class AttentionParams:
     routing: str = DEFAULT_ROUTING
     order: str = "hybrid"
     exact: tuple[int, int] = (0, 0)
+    key_block_size: int | None = None
 
     @property
     def density(self) -> float:
         return 1.0 - self.sparsity
+
+    @property
+    def key_size(self) -> int:
+        """Tokens per key block."""
+        return self.block_size if self.key_block_size is None else self.key_block_size
 
     @property
     def first_order(self) -> bool:
@@ -87,17 +94,19 @@ def exact_block_counts(density: Tensor, blocks: int) -> Tensor:
     return (density * blocks - 1e-6 * blocks).ceil().clamp(1, blocks)
 
 
-def free_blocks(tokens: int, params: AttentionParams) -> tuple[int, int]:
-    """Range `[first, last)` of the blocks that do not overlap the exact prefix or suffix.
+def free_key_blocks(key_len: int, params: AttentionParams) -> tuple[int, int]:
+    """Range `[first, last)` of the key blocks that routing may choose from: those that do not
+    overlap the exact prefix or suffix. Empty when everything is exact."""
+    return _free_blocks(key_len, params.key_size, params.exact)
 
-    The same function serves keys (the blocks that routing may choose from) and queries (the
-    blocks that do not attend densely). The range is empty when everything is exact.
-    """
-    prefix, suffix = params.exact
-    first = block_count(min(prefix, tokens), params.block_size)
-    last = (
-        max(tokens - suffix, 0) // params.block_size
-        if suffix
-        else block_count(tokens, params.block_size)
-    )
+
+def free_query_blocks(query_len: int, params: AttentionParams) -> tuple[int, int]:
+    """Range `[first, last)` of the query blocks of self-attention that do not attend densely."""
+    return _free_blocks(query_len, params.block_size, params.exact)
+
+
+def _free_blocks(tokens: int, size: int, exact: tuple[int, int]) -> tuple[int, int]:
+    prefix, suffix = exact
+    first = block_count(min(prefix, tokens), size)
+    last = max(tokens - suffix, 0) // size if suffix else block_count(tokens, size)
     return first, max(first, last)

@@ -3,7 +3,7 @@
 Method: PISA (arXiv 2602.01077), with the threshold routing of Sol-Attn (arXiv 2607.24027). Every
 other implementation is tested against this file, so it is written to be read, in any float dtype
 up to float64 and on any device. It loops over query blocks, which bounds its memory at one
-`[B, H, block, Tk]` tile of logits.
+`[B, H, block_size, Tk]` tile of logits.
 
 Shapes: B batch, H query heads, G key/value heads (H is a multiple of G), Tq and Tk tokens,
 D head_dim of query and key, E head_dim of value, N key blocks, M query blocks.
@@ -24,7 +24,8 @@ from .params import (
     block_count,
     exact_block_count,
     exact_block_counts,
-    free_blocks,
+    free_key_blocks,
+    free_query_blocks,
 )
 from .permutation import check_values
 
@@ -94,12 +95,12 @@ def attention(
     if key_mask is None:
         key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
 
-    stats = block_statistics(k, v, key_mask, size)
+    stats = block_statistics(k, v, key_mask, params.key_size)
     kv_heads = key.shape[1]
     selected = route(q, stats, key.shape[2], params, density, kv_heads=kv_heads)  # [B, H, M, N]
     first_order = _first_order_matrix(stats, params)
     log_weight = block_log_weight(q, stats, params, kv_heads)
-    key_block = torch.arange(key.shape[2], device=key.device) // size
+    key_block = torch.arange(key.shape[2], device=key.device) // params.key_size
 
     out = query.new_empty(batch, query_len, heads, value.shape[3]).transpose(1, 2)
     lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=query.device)
@@ -227,10 +228,9 @@ def route(
     `kv_heads` is the number of distinct heads in `stats`, by default all.
     """
     batch, heads, query_len, _ = q.shape
-    size, blocks = params.block_size, stats.length.shape[-1]
-    query_blocks = block_count(query_len, size)
+    blocks, query_blocks = stats.length.shape[-1], block_count(query_len, params.block_size)
     selected = torch.ones(batch, heads, query_blocks, blocks, dtype=torch.bool, device=q.device)
-    first, last = free_blocks(key_len, params)
+    first, last = free_key_blocks(key_len, params)
     if first < last:
         fraction, count = _budget(density, last - first, params, q.device)
         valid = stats.valid[:, :, None, first:last]
@@ -246,7 +246,7 @@ def route(
             chosen = rank < count
         selected[..., first:last] = chosen | (fraction >= 1)
     if query_len == key_len and params.exact != (0, 0):
-        first, last = free_blocks(query_len, params)
+        first, last = free_query_blocks(query_len, params)
         selected[:, :, :first] = True
         selected[:, :, last:] = True
     return selected & stats.valid[:, :, None]

@@ -70,6 +70,7 @@ def _settings(site: AttentionSite, policy: Policy) -> dict[str, Any]:
         "order": policy.order,
     }
     optional = {
+        "key_block_size": policy.key_block_size,
         "scale": site.scale,
         "enable_gqa": site.enable_gqa or None,
         "impl": policy.impl,

@@ -114,7 +114,7 @@ def _group(
 ) -> tuple[Tensor, Tensor]:
     """Density and mass [h] of the query heads [B, h, T, D] that share one key head [B, 1, T, D]."""
     q, k, v = (x.to(torch.float32).expand(-1, query.shape[1], -1, -1) for x in (query, key, value))
-    key_len, size = k.shape[2], call.params.block_size
+    key_len, size = k.shape[2], call.params.key_size
     mask = call.key_mask
     if mask is None:
         mask = torch.ones(k.shape[0], key_len, dtype=torch.bool, device=k.device)
@@ -133,7 +133,7 @@ def _group(
     weight = logit.softmax(-1).nan_to_num(0.0)  # rows without any valid key
     weight = torch.nn.functional.pad(weight, (0, block_count(key_len, size) * size - key_len))
     per_block = weight.reshape(*weight.shape[:-1], -1, size).sum(-1)  # [B, h, rows, N]
-    covered = (per_block * exact[:, :, rows // size]).sum(-1)
+    covered = (per_block * exact[:, :, rows // call.params.block_size]).sum(-1)
     return density_found.cpu(), covered.mean((0, 2)).cpu()
 
 

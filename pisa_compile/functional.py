@@ -21,6 +21,7 @@ def attention(
     sparsity: float,
     scale: float | None = ...,
     block_size: int = ...,
+    key_block_size: int | None = ...,
     routing: str = ...,
     order: str = ...,
     attn_mask: Tensor | None = ...,
@@ -42,6 +43,7 @@ def attention(
     sparsity: float,
     scale: float | None = ...,
     block_size: int = ...,
+    key_block_size: int | None = ...,
     routing: str = ...,
     order: str = ...,
     attn_mask: Tensor | None = ...,
@@ -62,6 +64,7 @@ def attention(
     sparsity: float,
     scale: float | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
+    key_block_size: int | None = None,
     routing: str = DEFAULT_ROUTING,
     order: str = DEFAULT_ORDER,
     attn_mask: Tensor | None = None,
@@ -85,7 +88,8 @@ def attention(
         sparsity: fraction of the key blocks that is approximated, in [0, 1). 0 is dense attention.
             The exact blocks of each query block number `max(1, ceil((1 - sparsity) * N))`.
         scale: factor on `query @ key^T`; `D ** -0.5` by default.
-        block_size: tokens per block of queries and of keys: 16, 32, 64 or 128.
+        block_size: tokens per query block, and per key block: 16, 32, 64 or 128.
+        key_block_size: tokens per key block, where that is to be another number of the same four.
         routing: which blocks are exact. "topk": highest product of mean query and mean key, with
             order "corrected" plus twice the logarithm of the block's corrected mass;
             "topk_covariance": the same plus the log norm of the block's key-value covariance;
@@ -124,6 +128,7 @@ def attention(
     validation.check_scale(scale)
     validation.check_sparsity(sparsity)
     validation.check_block_size(block_size)
+    validation.check_key_block_size(key_block_size)
     validation.check_routing(routing)
     validation.check_order(order)
     validation.check_exact(exact)
@@ -134,6 +139,7 @@ def attention(
         "scale": scale,
         "sparsity": sparsity,
         "block_size": block_size,
+        "key_block_size": key_block_size,
         "routing": routing,
         "order": order,
         "exact_prefix": exact[0],

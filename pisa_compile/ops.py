@@ -22,7 +22,8 @@ from .kernels.params import (
     AttentionParams,
     block_count,
     exact_block_count,
-    free_blocks,
+    free_key_blocks,
+    free_query_blocks,
 )
 
 # One schema text for both ops. Keyword-only settings keep traced graphs readable. Torch leaves an
@@ -32,8 +33,8 @@ from .kernels.params import (
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? density=None, "
     "Tensor? permutation=None, *, float? scale=None, float sparsity, int? block_size=None, "
-    "str? routing=None, str? order=None, SymInt exact_prefix=0, SymInt exact_suffix=0, "
-    "bool enable_gqa=False, str? impl=None"
+    "int? key_block_size=None, str? routing=None, str? order=None, SymInt exact_prefix=0, "
+    "SymInt exact_suffix=0, bool enable_gqa=False, str? impl=None"
 )
 
 
@@ -91,6 +92,7 @@ def _params(
     sparsity: float,
     scale: float | None = None,
     block_size: int | None = None,
+    key_block_size: int | None = None,
     routing: str | None = None,
     order: str | None = None,
     exact_prefix: int = 0,
@@ -101,6 +103,7 @@ def _params(
     order = DEFAULT_ORDER if order is None else order
     validation.check_sparsity(sparsity)
     validation.check_block_size(block_size)
+    validation.check_key_block_size(key_block_size)
     validation.check_routing(routing)
     validation.check_order(order)
     validation.check_exact((exact_prefix, exact_suffix))
@@ -108,6 +111,7 @@ def _params(
         scale=head_dim**-0.5 if scale is None else scale,
         sparsity=sparsity,
         block_size=block_size,
+        key_block_size=key_block_size,
         routing=routing,
         order=order,
         exact=(exact_prefix, exact_suffix),
@@ -161,21 +165,22 @@ def attention_flops(
     and a density that is data counts as `params.density`.
     """
     batch, heads, query_len, head_dim = query_shape
-    key_len, value_dim, size = key_shape[2], value_shape[3], params.block_size
+    key_len, value_dim = key_shape[2], value_shape[3]
+    query_size, key_size = params.block_size, params.key_size
     dense = dense_flops(query_shape, key_shape, value_shape)
     if params.sparsity == 0:
         return dense
-    first, last = free_blocks(key_len, params)
-    blocks, query_blocks = block_count(key_len, size), block_count(query_len, size)
+    first, last = free_key_blocks(key_len, params)
+    blocks, query_blocks = block_count(key_len, key_size), block_count(query_len, query_size)
     exact = blocks - (last - first) + exact_block_count(params.density, last - first)
     if query_len == key_len:
-        first, last = free_blocks(query_len, params)
-        sparse_rows = max(0, min(last * size, query_len) - first * size)
+        first, last = free_query_blocks(query_len, params)
+        sparse_rows = max(0, min(last * query_size, query_len) - first * query_size)
     else:
         sparse_rows = query_len
     per_head = 2 * (
         (query_len - sparse_rows) * key_len * (head_dim + value_dim)
-        + sparse_rows * min(exact * size, key_len) * (head_dim + value_dim)
+        + sparse_rows * min(exact * key_size, key_len) * (head_dim + value_dim)
         + query_blocks * blocks * head_dim
     )
     if params.order != "none":

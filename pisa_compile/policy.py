@@ -40,7 +40,9 @@ class Policy:
     Attributes:
         sparsity: fraction of key blocks that is approximated, in [0, 1). Default 0.7, or
             that of the model's preset (docs/presets.md).
-        block_size: tokens per block: 16, 32, 64 or 128. Default 64.
+        block_size: tokens per query block, and per key block: 16, 32, 64 or 128. Default 64.
+        key_block_size: tokens per key block, where that is to be another number of the same four:
+            32 is more faithful at the same sparsity (docs/fidelity.md). Default: `block_size`.
         routing: "topk", "topk_covariance" or "threshold". Default "topk".
         order: "none", "zeroth", "hybrid", "corrected" or "blockwise". Default "corrected".
         exact: tokens of a joint sequence that stay exact, for text: `(prefix, suffix)`, or "auto"
@@ -64,6 +66,7 @@ class Policy:
 
     sparsity: float | None = None
     block_size: int | None = None
+    key_block_size: int | None = None
     routing: str | None = None
     order: str | None = None
     exact: tuple[int, int] | str | None = None
@@ -154,6 +157,7 @@ class Policy:
             scale=scale,
             sparsity=self.nominal_sparsity,
             block_size=self.block_size,
+            key_block_size=self.key_block_size,
             routing=self.routing,
             order=self.order,
             exact=(0, 0) if isinstance(self.exact, str) else self.exact,
@@ -178,6 +182,7 @@ class Policy:
 _FIELD_CHECKS: dict[str, Callable[[Any], None]] = {
     "sparsity": validation.check_sparsity,
     "block_size": validation.check_block_size,
+    "key_block_size": validation.check_key_block_size,
     "routing": validation.check_routing,
     "order": validation.check_order,
     "exact": validation.check_policy_exact,

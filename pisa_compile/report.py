@@ -13,6 +13,7 @@ from torch import nn
 
 from .eager import EagerAttention, NotTraced
 from .generation import is_compiled
+from .kernels.params import DEFAULT_BLOCK_SIZE
 from .module_names import ModuleNames
 from .ops import attention_flops, dense_flops
 from .passes import Decision
@@ -232,7 +233,9 @@ def _policy_text(policy: Policy) -> str:
     parts = [f"sparsity {policy.sparsity:g}", f"{policy.routing} + {policy.order}"]
     if policy.varying is not None:
         parts.insert(1, str(policy.varying))
-    if policy.block_size != 64:
+    if policy.key_block_size not in (None, policy.block_size):
+        parts.append(f"blocks {policy.block_size} x {policy.key_block_size}")
+    elif policy.block_size != DEFAULT_BLOCK_SIZE:
         parts.append(f"block {policy.block_size}")
     if policy.exact != (0, 0):
         parts.append(f"exact {policy.exact}")

@@ -23,11 +23,16 @@ def check_sparsity(sparsity: Any) -> None:
         )
 
 
-def check_block_size(block_size: Any) -> None:
+def check_block_size(block_size: Any, name: str = "block_size") -> None:
     if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size must be an int, got {_describe(block_size)}")
+        raise TypeError(f"{name} must be an int, got {_describe(block_size)}")
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+        raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {block_size}")
+
+
+def check_key_block_size(key_block_size: Any) -> None:
+    if key_block_size is not None:
+        check_block_size(key_block_size, "key_block_size")
 
 
 def check_routing(routing: Any) -> None:

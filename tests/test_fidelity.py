@@ -204,6 +204,14 @@ def test_smallest_set_takes_the_largest_first() -> None:
     assert bool(rivals.smallest_set(probability, 1.1).all())
 
 
+def test_smaller_key_blocks_pay_for_their_means_with_exact_keys() -> None:
+    sample = next(data.structured())
+    qkv = [x[:, :, :2048].float() for x in (sample.query, sample.key, sample.value)]
+    out, _ = methods.BY_NAME[methods.FINE].run(*qkv, 0.25)
+    expected = pisa.attention(*qkv, sparsity=1 - 15 / 64, key_block_size=32)
+    assert out.equal(expected)
+
+
 def test_every_method_runs_at_the_density_asked_for() -> None:
     sample = next(data.structured())
     qkv = [x[:, :, :2048].float() for x in (sample.query, sample.key, sample.value)]
@@ -277,7 +285,7 @@ def _record() -> dict[str, Any]:
     times = [
         {"method": m.name, "density": d, "median": 0.1 + d, "p20": 0.1, "p80": 0.5}
         for m in methods.METHODS
-        if m.kernels
+        if m.settings is not None
         for d in (0.05, 0.15, 0.3)
     ]
     times.append({"method": "dense", "density": 1.0, "median": 1.0, "p20": 1.0, "p80": 1.0})

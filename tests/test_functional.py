@@ -30,6 +30,7 @@ def test_every_argument_reaches_the_specification() -> None:
         sparsity=0.6,
         scale=0.3,
         block_size=32,
+        key_block_size=16,
         routing="threshold",
         order="zeroth",
         attn_mask=inputs.key_mask[:, None, None],
@@ -39,7 +40,7 @@ def test_every_argument_reaches_the_specification() -> None:
         enable_gqa=True,
         return_lse=True,
     )
-    params = AttentionParams(0.3, 0.6, 32, "threshold", "zeroth", (40, 10))
+    params = AttentionParams(0.3, 0.6, 32, "threshold", "zeroth", (40, 10), 16)
     expected, expected_lse = specified(inputs, params, density=density, permutation=permutation)
     assert relative_l2(out, expected) < 1e-5
     assert relative_l2(lse, expected_lse) < 1e-5
@@ -117,6 +118,7 @@ def bad(words: str, error: type[Exception] = ValueError, **change: Any) -> Any:
         bad(r"sparsity must be in \[0, 1\), got -0.5", sparsity=-0.5),
         bad("sparsity must be a number", TypeError, sparsity="0.5"),
         bad("block_size must be one of .*got 100", block_size=100),
+        bad("key_block_size must be one of .*got 48", key_block_size=48),
         bad("routing must be one of .*'topk'.*got 'nearest'", routing="nearest"),
         bad("order must be one of .*'hybrid'.*got 'third'", order="third"),
         bad("exact must be \\(prefix, suffix\\)", exact=(0, -1)),

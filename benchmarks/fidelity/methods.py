@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from . import rivals
 from .data import GRID
 
 OURS = "corrected"
+FINE = "fine"  # the same with smaller key blocks
 PAPER = "hybrid"
 Run = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, float]]
 
@@ -24,13 +26,14 @@ class Method:
     """`run(query, key, value, density)`, on [1, H, T, D] in block order, returns the output and
     the density that was delivered: exact pairs, or their equal in cost, as a share of all.
 
-    `kernels` tells methods that run on the package's CPU kernels and so have a meaningful time.
+    `settings` of `pisa.attention` are given for methods that run on the package's CPU kernels and
+    so have a meaningful time.
     """
 
     name: str
     label: str
     run: Run
-    kernels: bool = False
+    settings: dict[str, Any] | None = None
     slow: bool = False
 
 
@@ -39,12 +42,23 @@ def block_count(density: float, blocks: int) -> float:
     return float(max(1, -int(-(density * blocks - 1e-6) // 1))) / blocks
 
 
-def _package(routing: str, order: str) -> Run:
-    def run(query: Tensor, key: Tensor, value: Tensor, density: float) -> tuple[Tensor, float]:
-        out = pisa.attention(query, key, value, sparsity=1 - density, routing=routing, order=order)
-        return out, density
+def sparsity(density: float, settings: dict[str, Any]) -> float:
+    """The sparsity at which a method with these settings costs what blocks of 64 keys cost.
 
-    return run
+    A block's mean costs every query what one key does, so smaller key blocks, which have more
+    means, get as many exact keys less: half the size takes 1/64 from the density.
+    """
+    more_means = 1 / settings.get("key_block_size", rivals.BLOCK) - 1 / rivals.BLOCK
+    return 1 - (density - more_means)
+
+
+def _package(name: str, label: str, *, kernels: bool = True, **settings: Any) -> Method:
+    def run(query: Tensor, key: Tensor, value: Tensor, density: float) -> tuple[Tensor, float]:
+        share = sparsity(density, settings)
+        return pisa.attention(query, key, value, sparsity=share, **settings), density
+
+    slow = settings["order"] == "blockwise"
+    return Method(name, label, run, settings if kernels else None, slow)
 
 
 def _sol(query: Tensor, key: Tensor, value: Tensor, density: float) -> tuple[Tensor, float]:
@@ -85,19 +99,26 @@ def _approximation(function: Callable[..., tuple[Tensor, float]]) -> Run:
 
 
 METHODS = (
-    Method("topk", "block-sparse, top-k", _package("topk", "none"), kernels=True),
+    _package("topk", "block-sparse, top-k", order="none"),
     Method("topp", "block-sparse, top-p", _rule(rivals.top_p)),
     Method("spargeattn", "SpargeAttn", _rule(rivals.spargeattn)),
     Method("xattention", "XAttention", _rule(rivals.xattention)),
     Method("psa", "PSA", _approximation(rivals.psa)),
     Method("rectified", "Rectified SpaAttn", _approximation(rivals.rectified)),
-    Method("sol", "Sol-Attn", _sol, kernels=True),
-    Method("zeroth", "PISA zeroth", _package("topk", "zeroth"), kernels=True),
-    Method(PAPER, "PISA hybrid", _package("topk", "hybrid"), kernels=True),
-    Method("covariance", "PISA hybrid, covariance", _package("topk_covariance", "hybrid")),
+    Method("sol", "Sol-Attn", _sol, {"routing": "threshold", "order": "zeroth"}),
+    _package("zeroth", "PISA zeroth", order="zeroth"),
+    _package(PAPER, "PISA hybrid", order="hybrid"),
+    _package(
+        "covariance",
+        "PISA hybrid, covariance",
+        routing="topk_covariance",
+        order="hybrid",
+        kernels=False,
+    ),
     Method("pasa", "PASA", _approximation(rivals.pasa)),
-    Method("blockwise", "PISA blockwise (slow)", _package("topk", "blockwise"), slow=True),
-    Method(OURS, "corrected (ours)", _package("topk", OURS), kernels=True),
+    _package("blockwise", "PISA blockwise (slow)", order="blockwise", kernels=False),
+    _package(OURS, "corrected (ours)", order="corrected"),
+    _package(FINE, "corrected, keys by 32 (ours)", order="corrected", key_block_size=32),
 )
 BY_NAME = {method.name: method for method in METHODS}
 

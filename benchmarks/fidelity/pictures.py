@@ -19,7 +19,7 @@ from examples.photo_dit.weights import load_model
 
 from . import metrics
 from .data import Attention, replaced_attention
-from .methods import BY_NAME, METHODS, OURS, PAPER, block_count, in_order, order_of_tokens
+from .methods import BY_NAME, FINE, METHODS, OURS, PAPER, block_count, in_order, order_of_tokens
 
 SEEDS = tuple(range(8))
 STEPS = 6
@@ -36,7 +36,7 @@ def settings(quick: bool) -> list[tuple[str, float]]:
     for method in METHODS:
         if method.name not in WITHOUT:
             found.append((method.name, DENSITY))
-        if method.name in (OURS, PAPER) and not quick:
+        if method.name in (OURS, FINE, PAPER) and not quick:
             found += [(method.name, density) for density in OTHER_DENSITIES]
     return found
 

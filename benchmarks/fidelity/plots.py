@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from examples.photo_dit.sampling import to_uint8
 
 from . import metrics, pictures, timing
-from .methods import BY_NAME, OURS, PAPER
+from .methods import BY_NAME, FINE, OURS, PAPER
 
 GAIN = 6
 """Factor on the difference of two pictures, which would hardly be seen otherwise."""
 SHOWN = (2, 3, 4, 6)  # seeds of the side-by-side pictures
 _COLOURS = {
     OURS: "#c2185b",
+    FINE: "#f06292",
     PAPER: "#1565c0",
     "zeroth": "#64b5f6",
     "covariance": "#0d3c75",
@@ -69,10 +70,10 @@ def _style(name: str) -> dict[str, Any]:
     return {
         "label": BY_NAME[name].label,
         "color": _COLOURS[name],
-        "linewidth": 2.6 if name in (OURS, PAPER) else 1.4,
+        "linewidth": 2.6 if name in (OURS, FINE, PAPER) else 1.4,
         "marker": "o",
-        "markersize": 6 if name in (OURS, PAPER) else 4,
-        "zorder": 3 if name in (OURS, PAPER) else 2,
+        "markersize": 6 if name in (OURS, FINE, PAPER) else 4,
+        "zorder": 3 if name in (OURS, FINE, PAPER) else 2,
     }
 
 
@@ -176,7 +177,7 @@ def _speedup(record: dict[str, Any]) -> Figure:
     axes.margins(0.08)
     axes.set_xlabel("speed-up of a whole step over dense attention, eager mode, one CPU thread")
     axes.set_ylabel(
-        "PSNR against dense, dB\n(bars: 95 % interval of the paired difference to ours)"
+        "PSNR against dense, dB\n(bars: 95 % interval of the paired difference to corrected)"
     )
     axes.set_title("Pictures against speed; the numbers are densities")
     axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from . import metrics, pictures, timing
-from .methods import BY_NAME, OURS, PAPER
+from .methods import BY_NAME, FINE, OURS, PAPER
 
 Rows = list[list[str]]
 
@@ -53,15 +53,15 @@ def _tables(record: dict[str, Any]) -> dict[str, tuple[list[str], Rows]]:
 
 
 def ratios(
-    rows: list[dict[str, Any]], name: str, group: str, order: str, density: float
+    rows: list[dict[str, Any]], name: str, group: str, order: str, density: float, of: str = PAPER
 ) -> list[float]:
-    """Error of a method as a multiple of the paper's, head by head."""
+    """Error of a method as a multiple of that of another, head by head."""
     by_name = {
         row["method"]: row["error"]
         for row in rows
         if (row["group"], row["order"], row["density"]) == (group, order, density)
     }
-    pairs = zip(by_name.get(name, []), by_name[PAPER], strict=False)
+    pairs = zip(by_name.get(name, []), by_name[of], strict=False)
     return [a / b for a, b in pairs if b > 0]
 
 
@@ -74,11 +74,16 @@ def _errors(rows: list[dict[str, Any]], group: str) -> tuple[list[str], Rows]:
     ]
     lines = []
     for name, method in BY_NAME.items():
-        line = [f"**{method.label}**" if name == OURS else method.label]
+        line = [f"**{method.label}**" if name in (OURS, FINE) else method.label]
         for order, density in places:
             values = ratios(rows, name, group, order, density)
             cell = f"{metrics.geometric_mean(values):.2f} [{max(values):.2f}]" if values else ""
             line.append(cell)
+        lines.append(line)
+    for name in (OURS, FINE):
+        line = [f"{BY_NAME[name].label}, multiple of block-sparse top-k's"]
+        for place in places:
+            line.append(f"{metrics.geometric_mean(ratios(rows, name, group, *place, 'topk')):.3f}")
         lines.append(line)
     paper = ["PISA hybrid's error"]
     for place in places:
@@ -97,30 +102,38 @@ def _adversarial(rows: list[dict[str, Any]]) -> tuple[list[str], Rows]:
         for row in rows
         if (row["group"], row["order"], row["density"]) == ("adversarial", "hilbert", 0.15)
     }
-    names = ["topk", "sol", PAPER, OURS]
-    header = ["relative L2 at density 0.15", *(BY_NAME[n].label for n in names), "ours / paper"]
+    names = ["topk", "sol", PAPER, OURS, FINE]
+    header = [
+        "relative L2 at density 0.15",
+        *(BY_NAME[n].label for n in names),
+        "/ paper",
+        "/ paper",
+    ]
     lines = []
     for index, place in enumerate(chosen[PAPER]["head"]):
         errors = [chosen[name]["error"][index] for name in names]
-        ratio = errors[-1] / errors[-2] if errors[-2] else 1.0
-        lines.append([place, *(f"{error:.4f}" for error in errors), f"{ratio:.2f}"])
+        paper = errors[names.index(PAPER)]
+        ratios = [errors[names.index(name)] / paper if paper else 1.0 for name in (OURS, FINE)]
+        cells = [*(f"{error:.4f}" for error in errors), *(f"{ratio:.2f}" for ratio in ratios)]
+        lines.append([place, *cells])
     return header, lines
 
 
 def _pictures(rows: list[dict[str, Any]]) -> tuple[list[str], Rows]:
-    header = ["", "PSNR, dB", "ours minus this, dB", "SSIM"]
+    header = ["", "PSNR, dB", "corrected minus this", "keys by 32 minus this", "SSIM"]
     at = {r["method"]: r for r in rows if r["density"] in (pictures.DENSITY, 1.0)}
     lines = []
     for name in sorted(at, key=lambda name: statistics.fmean(at[name]["psnr_db"])):
         row = at[name]
         label = pictures.FLOORS.get(name) or BY_NAME[name].label
         mean, half = metrics.mean_interval(row["psnr_db"])
-        cells = [f"**{label}**" if name == OURS else label, f"{mean:.2f} ± {half:.2f}"]
-        if OURS in at and name != OURS and name in BY_NAME:
-            paired = [a - b for a, b in zip(at[OURS]["psnr_db"], row["psnr_db"], strict=True)]
-            cells.append("{:+.2f} ± {:.2f}".format(*metrics.mean_interval(paired)))
-        else:
-            cells.append("")
+        cells = [f"**{label}**" if name in (OURS, FINE) else label, f"{mean:.2f} ± {half:.2f}"]
+        for ours in (OURS, FINE):
+            if ours in at and name != ours and name in BY_NAME:
+                paired = [a - b for a, b in zip(at[ours]["psnr_db"], row["psnr_db"], strict=True)]
+                cells.append("{:+.2f} ± {:.2f}".format(*metrics.mean_interval(paired)))
+            else:
+                cells.append("")
         lines.append([*cells, "{:.4f} ± {:.4f}".format(*metrics.mean_interval(row["ssim"]))])
     return header, lines
 
@@ -135,8 +148,10 @@ def _time(times: dict[str, Any]) -> tuple[list[str], Rows]:
             label = BY_NAME[name].label if name in BY_NAME else "dense"
             p20, median, p80 = (1e3 * row[q] for q in ("p20", "median", "p80"))
             lines.append(
-                [label, f"{median:.0f}", f"{p20:.0f} to {p80:.0f}", f"{steps[name, density]:.2f}"]
+                [label, f"{median:.1f}", f"{p20:.1f} to {p80:.1f}", f"{steps[name, density]:.2f}"]
             )
-    longer = timing.slowdown(times["calls"], OURS, PAPER)
-    lines.append(["corrected longer than hybrid, mean of all densities", f"{longer:+.1%}", "", ""])
+    for name, what in ((OURS, "corrected"), (FINE, "keys by 32")):
+        longer = timing.slowdown(times["calls"], name, PAPER)
+        line = f"{what} longer than hybrid, mean of all densities"
+        lines.append([line, f"{longer:+.1%}", "", ""])
     return header, lines

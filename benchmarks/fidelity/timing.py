@@ -18,17 +18,15 @@ from examples.photo_dit.sampling import euler_step, noise
 from examples.photo_dit.weights import load_model
 
 from .data import Attention, replaced_attention
-from .methods import METHODS, Method, order_of_tokens
+from .methods import METHODS, order_of_tokens, sparsity
 from .operator import DENSITIES
 
 _dense = torch.nn.functional.scaled_dot_product_attention
 Key = tuple[str, float]
 STEP_DENSITIES = (0.05, 0.15, 0.3)
-ROUTING = {"sol": "threshold"}
-ORDER = {"topk": "none", "sol": "zeroth"}
 
 
-def _package(method: Method, density: float) -> Attention:
+def _package(settings: dict[str, Any], density: float) -> Attention:
     order = order_of_tokens("hilbert").int()
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -36,21 +34,20 @@ def _package(method: Method, density: float) -> Attention:
             query,
             key,
             value,
-            sparsity=1 - density,
-            routing=ROUTING.get(method.name, "topk"),
-            order=ORDER.get(method.name, method.name),
+            sparsity=sparsity(density, settings),
             permutation=order,
+            **settings,
         )
 
     return attention
 
 
 def _candidates(densities: tuple[float, ...]) -> dict[Key, Attention]:
-    with_kernels = [method for method in METHODS if method.kernels]
     return {("dense", 1.0): _dense} | {
-        (method.name, density): _package(method, density)
+        (method.name, density): _package(method.settings, density)
         for density in densities
-        for method in with_kernels
+        for method in METHODS
+        if method.settings is not None
     }
 
 

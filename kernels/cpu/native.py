@@ -20,13 +20,14 @@ from ..params import (
     ROUTING_WEIGHT,
     AttentionParams,
     block_count,
-    free_blocks,
+    free_key_blocks,
+    free_query_blocks,
 )
 from ..permutation import check_values
 from .budget import budgets
 
 LIBRARY = Path(__file__).with_name("_pisa_cpu.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROUTINGS = {"topk": 0, "topk_covariance": 1, "threshold": 2}
 _ORDERS = {"none": 0, "zeroth": 1, "hybrid": 2, "corrected": 3}
@@ -49,7 +50,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("query_len", "key_len", "head_dim", "value_dim")),
         *((f"{name}_stride", _Strides) for name in ("query", "key", "value", "out")),
-        ("block", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("query_block", "key_block")),
         *((name, ctypes.c_int64) for name in ("free_first", "free_last")),
         *((name, ctypes.c_int64) for name in ("query_first", "query_last")),
         *((name, ctypes.c_double) for name in ("scale", "mass_limit", "routing_weight")),
@@ -184,10 +185,10 @@ def attention(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     mask = None if key_mask is None else key_mask.contiguous()
     places = None if permutation is None else permutation.to(torch.int64).contiguous()
-    free_first, free_last = free_blocks(key_len, params)
+    free_first, free_last = free_key_blocks(key_len, params)
     query_first, query_last = 0, block_count(query_len, params.block_size)
     if query_len == key_len and params.exact != (0, 0):
-        query_first, query_last = free_blocks(query_len, params)
+        query_first, query_last = free_query_blocks(query_len, params)
     shares = budgets(density, heads, free_last - free_first, params)
     top_k = (ctypes.c_int64 * heads)(*(share.count for share in shares))
     beta = (ctypes.c_double * heads)(*(share.beta for share in shares))
@@ -213,7 +214,8 @@ def attention(
         key_stride=_Strides(*key.stride()[:3]),
         value_stride=_Strides(*value.stride()[:3]),
         out_stride=_Strides(*out.stride()[:3]),
-        block=params.block_size,
+        query_block=params.block_size,
+        key_block=params.key_size,
         free_first=free_first,
         free_last=free_last,
         query_first=query_first,

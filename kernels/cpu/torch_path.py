@@ -4,8 +4,8 @@ Many small operators on few cores lose more to OpenMP regions than they gain, an
 another process holds a core. So every worker runs with a single intra-op thread and takes whole
 heads. Written per head, independently of the specification that it is tested against.
 
-Shapes: Tq and Tk tokens, D and E head dimensions of key and value, N key blocks, M query blocks,
-S tokens per block, C query blocks in a chunk, P gathered key blocks per query block.
+Shapes: Tq and Tk tokens, D and E head dimensions of key and value, N key blocks of S tokens, M
+query blocks of R tokens, C query blocks in a chunk, P gathered key blocks per query block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..params import MASS_FACTOR_LIMIT, ROUTING_WEIGHT, AttentionParams, free_blocks
+from ..params import (
+    MASS_FACTOR_LIMIT,
+    ROUTING_WEIGHT,
+    AttentionParams,
+    free_key_blocks,
+    free_query_blocks,
+)
 from ..permutation import check_values
 from .budget import Budget, budgets
 
@@ -75,7 +81,7 @@ def attention(
     if out.numel() == 0 or key_len == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     group = heads // key.shape[1]
-    first, last = free_blocks(key_len, params)
+    first, last = free_key_blocks(key_len, params)
     shares = budgets(density, heads, last - first, params)
 
     def head(b: int, h: int) -> None:
@@ -139,9 +145,9 @@ def _head_attention(
     Yields the places of some query rows, their output [t, E] and their log-sum-exp [t].
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    size, tokens = params.block_size, query.shape[0]
-    head = _cut(key, value, mask, size, dtype)
-    q = _blocks(query.to(dtype), size)  # [M, S, D]
+    tokens, key_size = query.shape[0], params.key_size
+    head = _cut(key, value, mask, key_size, dtype)
+    q = _blocks(query.to(dtype), params.block_size)  # [M, R, D]
     log_weight = head.length.clamp(min=1).to(dtype).log()  # [N]
     first_order = None
     if params.first_order:
@@ -155,14 +161,16 @@ def _head_attention(
             limited = beta.nan_to_num(torch.inf).clamp(max=MASS_FACTOR_LIMIT - 1)
             log_weight += limited.log1p()
     selected = _select(q, tokens, key.shape[0], head, log_weight, params, budget)  # [M, N]
-    ragged = mask is not None or key.shape[0] % size != 0
+    ragged = mask is not None or key.shape[0] % key_size != 0
 
-    for chunk in _chunks(selected.sum(1), size * (key.shape[1] + value.shape[1] + size)):
+    memory = key_size * (key.shape[1] + value.shape[1] + params.block_size)
+    for chunk in _chunks(selected.sum(1), memory):
         rows, row_lse = _attend(
             q[chunk], selected[chunk], head, log_weight, first_order, params, ragged
         )
         for i, block in enumerate(chunk.tolist()):
-            start, end = block * size, min(tokens, (block + 1) * size)
+            start = block * params.block_size
+            end = min(tokens, start + params.block_size)
             yield slice(start, end), rows[i, : end - start], row_lse[i, : end - start]
 
 
@@ -204,7 +212,7 @@ def _select(
 ) -> Tensor:
     """The exact key blocks of every query block, boolean [M, N]."""
     selected = head.length.gt(0).repeat(q.shape[0], 1)
-    first, last = free_blocks(key_len, params)
+    first, last = free_key_blocks(key_len, params)
     if budget.count == 0:
         return selected
     rows = torch.full((q.shape[0], 1), params.block_size, dtype=q.dtype)
@@ -229,7 +237,7 @@ def _select(
     selected[:, first:last] = free & valid
     if query_len == key_len and params.exact != (0, 0):
         dense = torch.ones(q.shape[0], 1, dtype=torch.bool)
-        dense[slice(*free_blocks(query_len, params))] = False
+        dense[slice(*free_query_blocks(query_len, params))] = False
         selected |= dense & head.length.gt(0)
     return selected
 
@@ -272,7 +280,7 @@ def _attend(
     params: AttentionParams,
     ragged: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `q` [C, S, D] with the exact blocks `selected` [C, N]: [C, S, E], [C, S].
+    """Attention of `q` [C, R, D] with the exact blocks `selected` [C, N]: [C, R, E], [C, R].
 
     `log_weight` [N] is added to the logits of the other blocks' means.
     """
@@ -281,7 +289,7 @@ def _attend(
     # Exact blocks first, in order; rows with fewer are filled up with blocks that are masked.
     index = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
     key = head.key[index].flatten(1, 2)  # [C, P * S, D]
-    logit = params.scale * (q @ key.transpose(1, 2))  # [C, S, P * S]
+    logit = params.scale * (q @ key.transpose(1, 2))  # [C, R, P * S]
     if ragged or int(counts.min()) < width:
         used = torch.arange(width) < counts[:, None]  # [C, P]
         keep = (head.valid[index] & used[..., None]).flatten(1)
@@ -290,13 +298,13 @@ def _attend(
     with_blocks = params.order != "none" and bool(approximated.any())
     tokens = logit.shape[2]
     if with_blocks:
-        block_logit = params.scale * (q @ head.key_mean.T)  # [C, S, N]
+        block_logit = params.scale * (q @ head.key_mean.T)  # [C, R, N]
         bias = log_weight.masked_fill(~approximated, -torch.inf)
         logit = torch.cat([logit, block_logit + bias[:, None]], dim=2)
 
     if logit.shape[2] == 0:  # no valid key at all
         return q.new_zeros(*q.shape[:2], head.value.shape[2]), q.new_full(q.shape[:2], -torch.inf)
-    peak = logit.amax(2)  # [C, S]
+    peak = logit.amax(2)  # [C, R]
     weight = logit.softmax(2)
     # The largest weight is exp(peak - lse); both maxima are cheaper than a second exponential.
     lse = peak - weight.amax(2).log()
@@ -307,7 +315,7 @@ def _attend(
 
     out = weight[..., :tokens] @ head.value[index].flatten(1, 2)
     if with_blocks:
-        block_weight = weight[..., tokens:]  # [C, S, N]
+        block_weight = weight[..., tokens:]  # [C, R, N]
         out += block_weight @ head.value_mean
         if first_order is not None:
             out += block_weight.sum(2, keepdim=True) * (q @ first_order)
@@ -321,5 +329,5 @@ def _blockwise(q: Tensor, block_weight: Tensor, head: _Head, scale: float) -> Te
     size = head.key.shape[1]
     # exp(s(q, kbar_j)) is the block's weight divided by its length.
     per_token = (block_weight / head.length.clamp(min=1)).repeat_interleave(size, dim=2)
-    linear = scale * (q @ head.centred().flatten(0, 1).T)  # [C, S, N * S]
+    linear = scale * (q @ head.centred().flatten(0, 1).T)  # [C, R, N * S]
     return (per_token * linear) @ head.value.flatten(0, 1)

@@ -259,7 +259,7 @@ def _exact_blocks(
     key, value, key_mask, permutation, indices, count, member, batch, kv_head, key_len, scale,
     key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t,
     row_max, row_sum, out,
-    BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     D_CHUNK: tl.constexpr, IN_CHUNKS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -268,11 +268,11 @@ def _exact_blocks(
 
     `key` and `value` point at the head's first element, or are descriptors of the whole tensors.
     """
-    parts: tl.constexpr = BLOCK // KEYS
+    parts: tl.constexpr = KEY_BLOCK // KEYS
     columns = tl.arange(0, KEYS)
     for step in tl.range(0, count * parts):
         entry = tl.load(indices + step // parts)
-        start = (entry & ENTRY_MASK) * BLOCK + (step % parts) * KEYS
+        start = (entry & ENTRY_MASK) * KEY_BLOCK + (step % parts) * KEYS
         # Masked keys are loaded as zeros: they may hold anything, NaN included.
         base, tokens, valid = keys_of(
             permutation, key_mask, start, columns, key_len, mask_stride_t
@@ -346,7 +346,8 @@ def forward_kernel(
     scale,
     TAIL: tl.constexpr,
     INSIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens per query block
+    KEY_BLOCK: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -429,7 +430,7 @@ def forward_kernel(
         batch.to(tl.int32), kv_head.to(tl.int32), key_len, scale * LOG2E,
         key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t,
         row_max, row_sum, acc,
-        BLOCK, D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, KEYS, pack, DESCRIPTORS,
+        KEY_BLOCK, D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, KEYS, pack, DESCRIPTORS,
         PRECISION, UPCAST,
     )  # fmt: skip
 

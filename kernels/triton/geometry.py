@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..params import AttentionParams, block_count, exact_block_count, free_blocks
+from ..params import (
+    AttentionParams,
+    block_count,
+    exact_block_count,
+    free_key_blocks,
+    free_query_blocks,
+)
 from .configs import Config, padded_width
 
 # Programs of one launch along an axis of the grid that is not the first.
@@ -53,8 +59,12 @@ class Geometry:
     describable: bool  # whether the copy engine can address keys, values and their means
 
     @cached_property
-    def size(self) -> int:
+    def query_size(self) -> int:
         return self.params.block_size
+
+    @cached_property
+    def key_size(self) -> int:
+        return self.params.key_size
 
     @cached_property
     def group_size(self) -> int:
@@ -62,25 +72,25 @@ class Geometry:
 
     @cached_property
     def blocks(self) -> int:
-        return block_count(self.key_len, self.size)
+        return block_count(self.key_len, self.key_size)
 
     @cached_property
     def query_blocks(self) -> int:
-        return block_count(self.query_len, self.size)
+        return block_count(self.query_len, self.query_size)
 
     @cached_property
     def rows(self) -> int:
         """Query rows per program; a short sequence does not fill several blocks."""
         rows = (self.config.guarded_rows if self.guarded else None) or self.config.rows
-        return min(rows, max(padded_width(self.query_len), self.size))
+        return min(rows, max(padded_width(self.query_len), self.query_size))
 
     @cached_property
     def keys(self) -> int:
-        return min(self.config.keys, self.size)
+        return min(self.config.keys, self.key_size)
 
     @cached_property
     def pack(self) -> int:
-        return max(self.rows // self.size, 1)
+        return max(self.rows // self.query_size, 1)
 
     @cached_property
     def index_tiles(self) -> int:
@@ -110,7 +120,7 @@ class Geometry:
         """
         threshold = self.params.routing == "threshold" and self.params.order != "none"
         allowed = self.config.inside_guarded if self.guarded else self.config.inside
-        return threshold and allowed and self.rows >= self.size
+        return threshold and allowed and self.rows >= self.query_size
 
     @cached_property
     def descriptors(self) -> bool:
@@ -125,13 +135,13 @@ class Geometry:
 
     @cached_property
     def free(self) -> tuple[int, int]:
-        return free_blocks(self.key_len, self.params)
+        return free_key_blocks(self.key_len, self.params)
 
     @cached_property
     def dense(self) -> tuple[int, int]:
         """Query blocks outside this range attend densely."""
         if self.query_len == self.key_len and self.params.exact != (0, 0):
-            return free_blocks(self.query_len, self.params)
+            return free_query_blocks(self.query_len, self.params)
         return 0, self.query_blocks
 
     @cached_property

@@ -146,6 +146,7 @@ def check(
         ("order", params.order, ORDERS_HERE),
         ("routing", params.routing, ROUTINGS),
         ("block_size", params.block_size, BLOCK_SIZES),
+        ("key_block_size", params.key_size, BLOCK_SIZES),
         ("dtype", query.dtype, DTYPES),
     ):
         if given not in supported:
@@ -172,7 +173,7 @@ def check(
         raise ValueError(
             f"head_dim up to {MAX_WIDTH} is supported, got {width} and {value.shape[3]}"
         )
-    blocks = block_count(key.shape[2], params.block_size)
+    blocks = block_count(key.shape[2], params.key_size)
     if blocks > MAX_KERNEL_BLOCKS:
         raise ValueError(
             f"at most {MAX_KERNEL_BLOCKS} key blocks are supported, got {blocks}; "

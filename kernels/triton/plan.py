@@ -259,7 +259,7 @@ def _statistics(
         **_strides("key", call.key, "bhtd"), **_strides("value", call.value, "bhtd"),
         **_strides("mask", call.mask, "bt"),
         "head_start": start, "kv_heads": g.kv_heads, "key_len": g.key_len, "blocks": g.blocks,
-        "BLOCK": g.size, "D": g.d, "E": g.e, "D_TILE": d_tile, "E_TILE": e_tile,
+        "BLOCK": g.key_size, "D": g.d, "E": g.e, "D_TILE": d_tile, "E_TILE": e_tile,
         **_dot_arguments(g),
     }  # fmt: skip
     options = _options(g.config.statistics)
@@ -330,7 +330,7 @@ def _cuts(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) ->
         "query_len": g.query_len, "query_blocks": g.query_blocks,
         "dense_first": dense_first, "dense_last": dense_last,
         "beta": g.params.threshold_beta, "scale": g.params.scale,
-        "BLOCK": g.size, "D": g.d, "D_PAD": padded_width(g.d),
+        "BLOCK": g.query_size, "D": g.d, "D_PAD": padded_width(g.d),
         "D_CHUNK": min(ROUTING_D_CHUNK, padded_width(g.d)), "ROWS": ROUTING_ROWS,
         **_routing_dot_arguments(g),
     }  # fmt: skip
@@ -362,7 +362,7 @@ def _routing(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int)
         "capacity": g.capacity, "index_tiles": g.index_tiles, "row_groups": g.row_groups,
         "tasks": heads * g.row_groups, "scratch_stride": g.scratch_stride,
         "THRESHOLD": g.params.routing == "threshold",
-        "BLOCK": g.size, "D": g.d, "D_PAD": padded_width(g.d),
+        "BLOCK": g.query_size, "D": g.d, "D_PAD": padded_width(g.d),
         "D_CHUNK": min(ROUTING_D_CHUNK, padded_width(g.d)),
         "ROWS": ROUTING_ROWS, "SELECT": g.select, "COLUMNS": g.config.columns,
         "N": g.columns, "T": g.select_columns, "PACK": g.pack, **_routing_dot_arguments(g),
@@ -398,7 +398,7 @@ def _forward(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int)
         "blocks": g.blocks, "free_first": g.free[0], "free_last": g.free[1],
         "capacity": g.capacity, "index_tiles": g.index_tiles,
         "scale": g.params.scale, "TAIL": g.params.order != "none", "INSIDE": g.inside,
-        "BLOCK": g.size, "D": g.d, "E": g.e,
+        "BLOCK": g.query_size, "KEY_BLOCK": g.key_size, "D": g.d, "E": g.e,
         "D_PAD": padded_width(g.d), "E_PAD": padded_width(g.e),
         "ROWS": g.rows, "KEYS": g.keys, "CENTROIDS": g.config.centroids,
         "D_CHUNK": min(g.config.d_chunk, padded_width(g.d)), "IN_CHUNKS": g.config.in_chunks,

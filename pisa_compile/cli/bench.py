@@ -79,6 +79,9 @@ def bench(
         typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one"),
     ] = None,
     block_size: Annotated[int, typer.Option(help="16, 32, 64 or 128.")] = 64,
+    key_block_size: Annotated[
+        int | None, typer.Option(help="The same, of keys.", show_default="block size")
+    ] = None,
     routing: Annotated[str, typer.Option(help=", ".join(ROUTINGS))] = "topk",
     order: Annotated[str, typer.Option(help=", ".join(ORDERS))] = "corrected",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each with every candidate.")] = 9,
@@ -103,7 +106,12 @@ def bench(
     where = _device(device)
     kind = _dtype(dtype, where)
     console = Console(stderr=True)
-    settings: dict[str, Any] = {"block_size": block_size, "routing": routing, "order": order}
+    settings: dict[str, Any] = {
+        "block_size": block_size,
+        "key_block_size": key_block_size,
+        "routing": routing,
+        "order": order,
+    }
     try:
         wrong = _check(shapes, sparsity, kind, where, settings)
         if wrong:

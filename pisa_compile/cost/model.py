@@ -14,7 +14,13 @@ from functools import lru_cache
 
 import torch
 
-from ..kernels.params import AttentionParams, block_count, exact_block_count, free_blocks
+from ..kernels.params import (
+    AttentionParams,
+    block_count,
+    exact_block_count,
+    free_key_blocks,
+    free_query_blocks,
+)
 
 # Sparse attention must be predicted to take at most this part of the dense time.
 MARGIN = 0.95
@@ -64,13 +70,14 @@ def sparse_terms(work: Workload) -> tuple[float, ...]:
     decides which of the two, and the difference is within what this model resolves.
     """
     params, tokens = work.params, work.tokens
-    blocks = block_count(tokens, params.block_size)
-    first, last = free_blocks(tokens, params)
+    blocks = block_count(tokens, params.key_size)
+    first, last = free_key_blocks(tokens, params)
     exact = blocks - (last - first) + exact_block_count(params.density, last - first)
-    dense_rows = min(tokens, (blocks - (last - first)) * params.block_size)
-    sparse_rows = tokens - dense_rows
+    first, last = free_query_blocks(tokens, params)
+    sparse_rows = max(0, min(last * params.block_size, tokens) - first * params.block_size)
+    dense_rows = tokens - sparse_rows
     per_pair = 2.0 * work.batch * work.heads * (work.head_dim + work.value_dim)
-    attended = dense_rows * tokens + sparse_rows * min(exact * params.block_size, tokens)
+    attended = dense_rows * tokens + sparse_rows * min(exact * params.key_size, tokens)
     return 1.0, per_pair * attended, per_pair * sparse_rows * blocks, float(_elements(work))
 
 

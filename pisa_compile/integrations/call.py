@@ -78,6 +78,7 @@ def sparse(call: Call, policy: Policy) -> Tensor | None:
         sparsity=params.sparsity,
         scale=call.scale,
         block_size=params.block_size,
+        key_block_size=params.key_block_size,
         routing=params.routing,
         order=params.order,
         attn_mask=call.mask,

@@ -92,6 +92,7 @@ def _part(
         sparsity=0.0 if dense else params.sparsity,
         scale=scale,
         block_size=params.block_size,
+        key_block_size=params.key_block_size,
         routing=params.routing,
         order=params.order,
         attn_mask=attn_mask,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pisa_compile.kernels import reference
-from pisa_compile.kernels.params import AttentionParams, exact_block_counts, free_blocks
+from pisa_compile.kernels.params import AttentionParams, exact_block_counts, free_key_blocks
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2, specified
 
 # A float32 implementation may compute a routing score with this error, relative to the largest
@@ -85,6 +85,7 @@ def cases(draw: st.DrawFn, orders: tuple[str, ...]) -> Case:
         scale=head_dim**-0.5 * draw(st.sampled_from([0.5, 1.0, 3.0]), label="temperature"),
         sparsity=draw(st.sampled_from([0.0, 0.3, 0.75, 0.875, 0.95]), label="sparsity"),
         block_size=draw(st.sampled_from([16, 32, 64, 128]), label="block_size"),
+        key_block_size=draw(st.sampled_from([None, None, 16, 32, 128]), label="key_block_size"),
         routing=draw(st.sampled_from(["topk", "topk_covariance", "threshold"]), label="routing"),
         order=draw(st.sampled_from(orders), label="order"),
         exact=draw(st.sampled_from([(0, 0), (0, 0), (50, 0), (0, 77), (10, 20)]), label="exact"),
@@ -108,7 +109,7 @@ def routing_is_decided(case: Case) -> bool:
     """
     query, key, value, mask = case.in_order().to(torch.float64).astuple()
     params = case.params
-    first, last = free_blocks(key.shape[2], params)
+    first, last = free_key_blocks(key.shape[2], params)
     if first >= last:
         return True
     density = torch.tensor(params.density) if case.density is None else case.density
@@ -117,7 +118,7 @@ def routing_is_decided(case: Case) -> bool:
         mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
     group = query.shape[1] // key.shape[1]
     stats = reference.block_statistics(
-        key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, params.block_size
+        key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, params.key_size
     )
     scores = reference._proxy_score(query, stats, params, key.shape[1])[..., first:last]
     for b in range(len(scores)):

@@ -20,7 +20,8 @@ from pisa_compile.kernels.params import (
     AttentionParams,
     exact_block_count,
     exact_block_counts,
-    free_blocks,
+    free_key_blocks,
+    free_query_blocks,
 )
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2
 
@@ -75,9 +76,10 @@ def naive_head(
     lse: Tensor,
 ) -> None:
     size, scale = params.block_size, params.scale
+    key_size = params.key_block_size or size
     blocks = []  # the valid tokens of each key block
-    for start in range(0, len(k), size):
-        tokens = torch.arange(start, min(start + size, len(k)))
+    for start in range(0, len(k), key_size):
+        tokens = torch.arange(start, min(start + key_size, len(k)))
         blocks.append(tokens[valid[tokens]])
     filled = [j for j, tokens in enumerate(blocks) if len(tokens)]
     if not filled:
@@ -129,9 +131,9 @@ def naive_exact_set(
     params: AttentionParams,
     density: float,
 ) -> set[int]:
-    size = params.block_size
+    size = params.key_block_size or params.block_size
     prefix, suffix = params.exact
-    end = min(start + size, len(q))
+    end = min(start + params.block_size, len(q))
     if len(q) == key_len and (start < prefix or (suffix and end > key_len - suffix)):
         return set(mean)
     forced = {
@@ -163,11 +165,12 @@ def naive_exact_set(
 
 
 @pytest.mark.parametrize("masked", [0.0, 0.4], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("key_block_size", [None, 32])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_formulas(routing: str, order: str, masked: float) -> None:
+def test_formulas(routing: str, order: str, key_block_size: int | None, masked: float) -> None:
     inputs = double_inputs(query_len=75, head_dim=8, value_dim=5, heads=2, masked=masked, seed=3)
-    params = replace(PARAMS, routing=routing, order=order)
+    params = replace(PARAMS, routing=routing, order=order, key_block_size=key_block_size)
     out, lse = reference.attention(*inputs.astuple(), params)
     expected, expected_lse = naive(inputs, params)
     assert relative_l2(out, expected) < 1e-12
@@ -411,12 +414,26 @@ def test_size_of_the_exact_set(routing: str, sparsity: float, blocks: int, count
 def test_size_of_the_exact_set_with_exact_tokens() -> None:
     inputs = double_inputs(query_len=160, key_len=160)
     params = replace(PARAMS, sparsity=0.75, exact=(20, 16))
-    first, last = free_blocks(160, params)
-    assert (first, last) == (2, 9)
+    first, last = free_key_blocks(160, params)
+    assert (first, last) == free_query_blocks(160, params) == (2, 9)
     selected = routed(inputs, params)
     assert selected[..., [0, 1, 9]].all()
     assert (selected[:, :, 2:9].sum(-1) == 3 + 2).all()  # ceil(0.25 * 7) of the free blocks
     assert selected[:, :, [0, 1, 9]].all()  # text queries attend densely
+
+
+def test_exact_tokens_where_key_blocks_are_smaller() -> None:
+    """Keys and queries are rounded to blocks of their own size."""
+    inputs = double_inputs(query_len=320, key_len=320)
+    params = replace(PARAMS, sparsity=0.75, block_size=64, key_block_size=16, exact=(70, 20))
+    assert free_key_blocks(320, params) == (5, 18)
+    assert free_query_blocks(320, params) == (2, 4)
+    selected = routed(inputs, params)
+    assert selected.shape[2:] == (5, 20)
+    assert selected[..., :5].all()
+    assert selected[..., 18:].all()
+    assert (selected[:, :, 2:4, 5:18].sum(-1) == 4).all()  # ceil(0.25 * 13) of the free blocks
+    assert selected[:, :, [0, 1, 4]].all()  # text queries attend densely
 
 
 @pytest.mark.parametrize("sparsity", [0.84, 0.93])
@@ -446,5 +463,5 @@ def test_of_two_blocks_that_score_alike_the_scattered_one_is_exact() -> None:
 def routed(inputs: Inputs, params: AttentionParams) -> Tensor:
     """The exact sets [B, H, M, N] of unmasked inputs."""
     mask = torch.ones(inputs.key.shape[0], inputs.key.shape[2], dtype=torch.bool)
-    stats = reference.block_statistics(inputs.key, inputs.value, mask, params.block_size)
+    stats = reference.block_statistics(inputs.key, inputs.value, mask, params.key_size)
     return reference.route(inputs.query, stats, inputs.key.shape[2], params)

@@ -59,7 +59,7 @@ class Attention {
   // The tokens at the places from `t` on are start(t) + tokens(t)[i], or start(t) + i if null.
   const int64_t* tokens(int64_t t) const { return c.permutation ? c.permutation + t : nullptr; }
   int64_t start(int64_t t) const { return c.permutation ? 0 : t; }
-  int64_t block_rows(int64_t j) const { return std::min(c.block, c.key_len - j * c.block); }
+  int64_t block_rows(int64_t j) const { return std::min(c.key_block, c.key_len - j * c.key_block); }
   const uint8_t* keep(int64_t b, int64_t t) const {
     return c.mask ? c.mask + b * c.key_len + start(t) : nullptr;
   }
@@ -73,7 +73,7 @@ class Attention {
 
   void count_lengths(int64_t b);
   void statistics(const Scratch& s, int64_t first_head, int64_t unit);
-  void add_energy(const Scratch& s, const Head& head, int64_t chunk);
+  void energies(const Scratch& s, int64_t first_head, int64_t unit);
   void reduce(const Scratch& s, int64_t first_head, int64_t unit);
   void covariance(const Scratch& s, int64_t first_head, int64_t unit);
   void tile(const Scratch& s, int64_t first_head, int64_t unit);
@@ -83,7 +83,7 @@ class Attention {
   int64_t keep_above(const Scratch& s, int64_t count, double beta) const;
   void approximate(const Scratch& s, const Head& head, int64_t width) const;
   void exact(const Scratch& s, const Head& head, int64_t width) const;
-  void attend(const Scratch& s, const float* keys, const float* values, int64_t count,
+  void attend(const Scratch& s, const Rows* keys, const Rows* values, int64_t pieces,
               int64_t width, const float* bias) const;
 
   const Call& c;
@@ -128,9 +128,9 @@ Head Attention::head(int64_t first, int64_t offset) const {
               c.workspace + p.norm + offset * p.blocks,
               c.workspace + p.log_weight + offset * p.blocks,
               c.workspace + p.variance + offset * p.blocks * p.ld_key,
-              c.workspace + p.energy + offset * p.chunks * p.ld_key,
+              c.workspace + p.energy + (first + offset) * p.chunks * p.ld_key,
               keys,
-              keys + p.blocks * c.block * p.ld_key,
+              keys + p.blocks * c.key_block * p.ld_key,
               reinterpret_cast<int32_t*>(c.workspace + p.length) + b * p.blocks};
 }
 
@@ -140,8 +140,8 @@ void Attention::count_lengths(int64_t b) {
   int32_t* length = reinterpret_cast<int32_t*>(c.workspace + p.length) + b * p.blocks;
   valid_keys[b] = 0;
   for (int64_t j = 0; j < p.blocks; ++j) {
-    const uint8_t* kept = keep(b, j * c.block);
-    const int64_t* at = tokens(j * c.block);
+    const uint8_t* kept = keep(b, j * c.key_block);
+    const int64_t* at = tokens(j * c.key_block);
     int64_t count = kept ? 0 : block_rows(j);
     if (kept)
       for (int64_t i = 0; i < block_rows(j); ++i) count += kept[at ? at[i] : i] != 0;
@@ -158,10 +158,21 @@ void Attention::statistics(const Scratch& s, int64_t first_head, int64_t unit) {
   const int64_t last = std::min(p.blocks, first + p.chunk_blocks);
   float* matrix = h.matrix + unit % p.chunks * p.matrix_size;
   if (p.first_order) std::fill_n(matrix, p.matrix_size, 0.0f);
+  // Centred keys in scratch whose product with their values is still to be added to `matrix`.
+  Rows centred{s.keys, 0};
+  const float* their_values = nullptr;
+  const auto add_product = [&] {
+    if (centred.count > 0)
+      k.accumulate(matrix, nullptr, &centred, 1, p.ld_key, c.head_dim, their_values, p.ld_value);
+    centred.count = 0;
+  };
   for (int64_t j = first; j < last; ++j) {
-    float* keys = p.packed ? h.packed_keys + j * c.block * p.ld_key : s.keys;
-    float* values = p.packed ? h.packed_values + j * c.block * p.ld_value : s.values;
-    const int64_t count = load(h, keys, values, j * c.block, block_rows(j));
+    if (centred.count + block_rows(j) > kTile) add_product();
+    float* centre = s.keys + centred.count * p.ld_key;
+    float* keys = p.packed ? h.packed_keys + j * c.key_block * p.ld_key : centre;
+    float* values = p.packed ? h.packed_values + j * c.key_block * p.ld_value
+                             : s.values + centred.count * p.ld_value;
+    const int64_t count = load(h, keys, values, j * c.key_block, block_rows(j));
     if (!p.sparse) continue;
     float* mean = h.key_mean + j * p.ld_key;
     const float divisor = static_cast<float>(std::max<int64_t>(count, 1));
@@ -170,30 +181,37 @@ void Attention::statistics(const Scratch& s, int64_t first_head, int64_t unit) {
     h.log_weight[j] = std::log2(static_cast<float>(count));
     if (!p.first_order) continue;
     // Centred before the product: K^T V - sum_j b_j kbar_j vbar_j^T would cancel.
-    k.centre(s.keys, keys, mean, p.ld_key, count);
-    k.accumulate(matrix, nullptr, s.keys, p.ld_key, c.head_dim, values, count, p.ld_value);
+    if (their_values + centred.count * p.ld_value != values) {
+      add_product();
+      centre = s.keys;
+      their_values = values;
+    }
+    k.centre(centre, keys, mean, p.ld_key, count);
+    centred.count += count;
     if (!p.corrected) continue;
     float* variance = h.variance + j * p.ld_key;
     std::fill_n(variance, p.ld_key, 0.0f);
-    k.add_squares(variance, s.keys, p.ld_key, count, 1.0f / divisor);
+    k.add_squares(variance, centre, p.ld_key, count, 1.0f / divisor);
   }
-  if (p.corrected) add_energy(s, h, unit % p.chunks);
+  add_product();
 }
 
-// The part of one chunk in the mean of q_d^2 over the queries that share a key head.
-void Attention::add_energy(const Scratch& s, const Head& h, int64_t chunk) {
-  float* energy = h.energy + chunk * p.ld_key;
-  std::fill_n(energy, p.ld_key, 0.0f);
+// The part of one chunk of queries in the mean of q_d^2 over the queries that share a key head.
+void Attention::energies(const Scratch&, int64_t, int64_t unit) {
+  const int64_t b = unit / p.chunks, chunk = unit % p.chunks;
+  float* energy = c.workspace + p.energy + (b * c.kv_heads * p.chunks + chunk) * p.ld_key;
+  const int64_t next_head = p.chunks * p.ld_key;
+  for (int64_t g = 0; g < c.kv_heads; ++g) std::fill_n(energy + g * next_head, p.ld_key, 0.0f);
   const int64_t rows = ceil_div(c.query_len, p.chunks);
   const int64_t first = chunk * rows, last = std::min(c.query_len, first + rows);
   const float factor = 1.0f / static_cast<float>(p.group * c.query_len);
-  for (int64_t q = h.g * p.group; q < (h.g + 1) * p.group; ++q)
-    for (int64_t t = first; t < last; t += kTile) {  // in memory order: a sum needs no other
-      const int64_t count = std::min(kTile, last - t);
-      k.load_rows(s.keys, p.ld_key, row(c.query, c.query_stride, h.b, q, t), c.query_stride[2],
-                  nullptr, count, c.head_dim, c.dtype, nullptr);
-      k.add_squares(energy, s.keys, p.ld_key, count, factor);
-    }
+  // In memory order, since a sum needs no other. Heads of one token often share a page.
+  const int64_t at_a_time = c.query_stride[1] < c.query_stride[2] ? 16 : rows;
+  for (int64_t t = first; t < last; t += at_a_time)
+    for (int64_t q = 0; q < c.heads; ++q)
+      k.add_row_squares(energy + q / p.group * next_head, row(c.query, c.query_stride, b, q, t),
+                        c.query_stride[2], std::min(at_a_time, last - t), c.head_dim, c.dtype,
+                        factor);
 }
 
 // Sums what the chunks of a head have gathered, and corrects the mass of its blocks.
@@ -224,13 +242,13 @@ void Attention::covariance(const Scratch& s, int64_t first_head, int64_t unit) {
   const int64_t valid = std::max<int64_t>(
       1, std::count_if(h.length, h.length + p.blocks, [](int32_t n) { return n > 0; }));
   for (int64_t j = first; j < last; ++j) {
-    const int64_t count = load(h, s.keys, s.values, j * c.block, block_rows(j));
+    const int64_t count = load(h, s.keys, s.values, j * c.key_block, block_rows(j));
     k.centre(s.keys, s.keys, h.key_mean + j * p.ld_key, p.ld_key, count);
     // Starts at -Hbar, so that H_j - Hbar is what accumulates.
     for (int64_t i = 0; i < p.matrix_size; ++i)
       s.block_matrix[i] = -h.matrix[i] / static_cast<float>(valid);
-    k.accumulate(s.block_matrix, nullptr, s.keys, p.ld_key, c.head_dim, s.values, count,
-                 p.ld_value);
+    const Rows centred{s.keys, count};
+    k.accumulate(s.block_matrix, nullptr, &centred, 1, p.ld_key, c.head_dim, s.values, p.ld_value);
     const double norm = std::sqrt(k.norm2(s.block_matrix, p.matrix_size));
     h.norm[j] = static_cast<float>(std::log(norm + kCovarianceEps));
   }
@@ -246,37 +264,51 @@ void Attention::select(const Scratch& s, const Head& h, int64_t query_head, bool
   if (first < last) {
     const float scale = static_cast<float>(c.scale);
     const float weight = static_cast<float>(c.routing_weight * std::log(2.0));
+    std::fill_n(s.score, round_up(p.blocks), -kInfinity);
     k.dots(s.score + first, s.query_mean, h.key_mean + first * p.ld_key, p.ld_key, last - first);
+    for (int64_t j = first; j < last; ++j) s.score[j] *= scale;
+    if (p.covariance)
+      for (int64_t j = first; j < last; ++j) s.score[j] += h.norm[j];
+    if (weight != 0.0f)
+      for (int64_t j = first; j < last; ++j) s.score[j] += weight * h.log_weight[j];
     for (int64_t j = first; j < last; ++j) {
-      s.score[j] *= scale;
-      if (p.covariance) s.score[j] += h.norm[j];
-      if (weight != 0.0f) s.score[j] += weight * h.log_weight[j];
+      const bool candidate = h.length[j] > 0;
       // A NaN would break the ordering; like torch.topk, take it for the largest value.
-      if (std::isnan(s.score[j])) s.score[j] = kInfinity;
-      if (h.length[j] > 0) s.index[picked++] = static_cast<int32_t>(j);
+      s.score[j] = std::isnan(s.score[j]) ? kInfinity : s.score[j];
+      s.score[j] = candidate ? s.score[j] : -kInfinity;
+      s.index[picked] = static_cast<int32_t>(j);
+      picked += candidate;
     }
     picked = c.routing == kThreshold ? keep_above(s, picked, c.beta[query_head])
                                      : keep_best(s, picked, c.top_k[query_head]);
   }
-  for (int64_t j = 0; j < p.blocks; ++j) {
-    const bool candidate = first <= j && j < last && h.length[j] > 0;
-    s.bias[j] = candidate ? h.log_weight[j] : -kInfinity;
-  }
+  std::fill_n(s.bias, p.blocks, -kInfinity);
+  for (int64_t j = first; j < last; ++j)
+    s.bias[j] = h.length[j] > 0 ? h.log_weight[j] : -kInfinity;
   for (int64_t i = 0; i < picked; ++i) s.bias[s.index[i]] = -kInfinity;
   picked = 0;
-  for (int64_t j = 0; j < p.blocks; ++j)
-    if (h.length[j] > 0 && s.bias[j] == -kInfinity) s.index[picked++] = static_cast<int32_t>(j);
+  for (int64_t j = 0; j < p.blocks; ++j) {
+    s.index[picked] = static_cast<int32_t>(j);
+    picked += h.length[j] > 0 && s.bias[j] == -kInfinity;
+  }
   if (picked < p.blocks) s.index[picked] = -1;
 }
 
-// Moves the `top_k` best of the first `count` entries of `index` to the front.
+// Keeps the `top_k` best of the first `count` entries of `index`, the earlier ones among equals.
+// Scores are -inf wherever there is no candidate.
 int64_t Attention::keep_best(const Scratch& s, int64_t count, int64_t top_k) const {
   if (count <= top_k) return count;
-  const float* score = s.score;
-  std::nth_element(s.index, s.index + top_k, s.index + count, [score](int32_t x, int32_t y) {
-    return score[x] > score[y] || (score[x] == score[y] && x < y);
-  });
-  return top_k;
+  const float limit = k.kth_largest(s.score, round_up(p.blocks), top_k);
+  int64_t ties = top_k - std::count_if(s.score, s.score + p.blocks, [=](float x) { return x > limit; });
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t j = s.index[i];
+    const bool tie = s.score[j] == limit && ties > 0;
+    ties -= tie;
+    s.index[kept] = j;
+    kept += tie || s.score[j] > limit;
+  }
+  return kept;
 }
 
 // Keeps the entries of `index` whose score exceeds mu + beta * sigma, and always the best.
@@ -302,13 +334,16 @@ int64_t Attention::keep_above(const Scratch& s, int64_t count, double beta) cons
 
 // ---- One query tile ----
 
-void Attention::attend(const Scratch& s, const float* keys, const float* values, int64_t count,
+// One step of the online softmax, over at most kTile keys in all; `bias` [keys] may be null.
+void Attention::attend(const Scratch& s, const Rows* keys, const Rows* values, int64_t pieces,
                        int64_t width, const float* bias) const {
   std::fill_n(s.peak, width, -kInfinity);
-  k.scores(s.logits, s.peak, keys, p.ld_key, count, s.query, c.head_dim, width,
-           static_cast<float>(c.scale * kLog2E), bias);
+  int64_t count = 0;
+  for (const Rows* piece = keys; piece < keys + pieces; count += piece++->count)
+    k.scores(s.logits + count * width, s.peak, piece->first, p.ld_key, piece->count, s.query,
+             c.head_dim, width, static_cast<float>(c.scale * kLog2E), bias ? bias + count : bias);
   k.softmax(s.logits, count, width, s.peak, s.top, s.mass, s.alpha);
-  k.accumulate(s.acc, s.alpha, values, p.ld_value, c.value_dim, s.logits, count, width);
+  k.accumulate(s.acc, s.alpha, values, pieces, p.ld_value, c.value_dim, s.logits, width);
 }
 
 void Attention::approximate(const Scratch& s, const Head& h, int64_t width) const {
@@ -318,7 +353,9 @@ void Attention::approximate(const Scratch& s, const Head& h, int64_t width) cons
     if (std::all_of(s.bias + j, s.bias + j + count, [](float x) { return x == -kInfinity; }))
       continue;
     any = true;
-    attend(s, h.key_mean + j * p.ld_key, h.value_mean + j * p.ld_value, count, width, s.bias + j);
+    const Rows keys{h.key_mean + j * p.ld_key, count};
+    const Rows values{h.value_mean + j * p.ld_value, count};
+    attend(s, &keys, &values, 1, width, s.bias + j);
   }
   if (!any || (c.order != kHybrid && c.order != kCorrected)) return;
   // The mass so far is the tail mass g, and the term (g / Tk) * scale * q @ H has the form of
@@ -327,30 +364,38 @@ void Attention::approximate(const Scratch& s, const Head& h, int64_t width) cons
   for (int64_t w = 0; w < width; ++w)
     s.factor[w] = static_cast<float>(s.mass[w] * per_key);
   k.scale_columns(s.keys, s.query, s.factor, width, c.head_dim);
-  k.accumulate(s.acc, nullptr, h.matrix, p.ld_value, c.value_dim, s.keys, c.head_dim, width);
+  const Rows matrix{h.matrix, c.head_dim};
+  k.accumulate(s.acc, nullptr, &matrix, 1, p.ld_value, c.value_dim, s.keys, width);
 }
 
 void Attention::exact(const Scratch& s, const Head& h, int64_t width) const {
-  int64_t filled = 0;  // keys gathered in scratch: small blocks are attended to several at a time
+  // Small blocks are attended to several at a time: in place where they have been packed, else
+  // gathered in scratch.
+  Rows keys[kTile], values[kTile];
+  int64_t pieces = 0, filled = 0;
   const auto flush = [&] {
-    if (filled > 0) attend(s, s.keys, s.values, filled, width, nullptr);
-    filled = 0;
+    if (filled > 0) attend(s, keys, values, pieces, width, nullptr);
+    pieces = filled = 0;
+  };
+  const auto add = [&](const float* key, const float* value, int64_t count) {
+    if (count == 0) return;
+    keys[pieces] = {key, count};
+    values[pieces++] = {value, count};
+    filled += count;
   };
   for (int64_t i = 0; i < p.blocks && s.index[i] >= 0; ++i) {
     const int64_t j = s.index[i];
-    if (p.packed && c.block >= kTile) {
-      for (int64_t n = 0; n < h.length[j]; n += kTile)
-        attend(s, h.packed_keys + (j * c.block + n) * p.ld_key,
-               h.packed_values + (j * c.block + n) * p.ld_value,
-               std::min<int64_t>(kTile, h.length[j] - n), width, nullptr);
-      continue;
-    }
-    for (int64_t n = 0; n < block_rows(j); n += kTile) {
-      const int64_t rows = std::min(kTile, block_rows(j) - n);
+    const int64_t length = p.packed ? h.length[j] : block_rows(j);
+    for (int64_t n = 0; n < length; n += kTile) {
+      const int64_t rows = std::min(kTile, length - n), place = j * c.key_block + n;
       if (filled + rows > kTile) flush();
-      float* keys = s.keys + filled * p.ld_key;
-      float* values = s.values + filled * p.ld_value;
-      filled += load(h, keys, values, j * c.block + n, rows);
+      if (p.packed) {
+        add(h.packed_keys + place * p.ld_key, h.packed_values + place * p.ld_value, rows);
+        continue;
+      }
+      float* key = s.keys + filled * p.ld_key;
+      float* value = s.values + filled * p.ld_value;
+      add(key, value, load(h, key, value, place, rows));
     }
   }
   flush();
@@ -360,12 +405,12 @@ void Attention::tile(const Scratch& s, int64_t first_head, int64_t unit) {
   const int64_t offset = unit / p.tiles / p.group;
   const Head h = head(first_head, offset);
   const int64_t query_head = h.g * p.group + unit / p.tiles % p.group;
-  const int64_t t = unit % p.tiles * p.width, query_block = t / c.block;
+  const int64_t t = unit % p.tiles * p.width, query_block = t / c.query_block;
   const int64_t rows = std::min(p.width, c.query_len - t);
   const int64_t width = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
 
-  const int64_t block_start = query_block * c.block;
-  const int64_t block_rows = std::min(c.block, c.query_len - block_start);
+  const int64_t block_start = query_block * c.query_block;
+  const int64_t block_rows = std::min(c.query_block, c.query_len - block_start);
   k.load_rows(s.keys, p.ld_key,
               row(c.query, c.query_stride, h.b, query_head, start(block_start)),
               c.query_stride[2], tokens(block_start), block_rows, c.head_dim, c.dtype, nullptr);
@@ -420,6 +465,7 @@ void Attention::work() {
 void Attention::run() {
   valid_keys.assign(c.batch, 0);
   for (int64_t b = 0; b < c.batch; ++b) count_lengths(b);
+  if (p.corrected) phases.push_back({&Attention::energies, 0, c.batch * p.chunks});
   const int64_t kv = c.batch * c.kv_heads;
   for (int64_t first = 0; first < kv; first += p.heads) {
     const int64_t heads = std::min(p.heads, kv - first);

@@ -76,10 +76,10 @@ PISA_INLINE void score_tile(const ScoreArgs& s, int64_t row, int64_t column) {
 struct AccumulateArgs {
   float* acc;
   const float* alpha;
-  const float* a;
-  int64_t ld_a;
+  const Rows* a;
+  int64_t pieces, ld_a;
   const float* b;
-  int64_t count, width;
+  int64_t width;
 };
 
 template <int kR, int kV>
@@ -93,7 +93,9 @@ PISA_INLINE void accumulate_tile(const AccumulateArgs& s, int64_t row, int64_t c
       sum[i][v] = load(acc + i * s.width + v * kLanes);
       if (s.alpha) sum[i][v] *= load(s.alpha + column + v * kLanes);
     }
-  multiply<kR, kV, true>(sum, s.a + row, s.ld_a, s.b + column, s.width, s.count);
+  const float* b = s.b + column;
+  for (const Rows* a = s.a; a < s.a + s.pieces; b += a++->count * s.width)
+    multiply<kR, kV, true>(sum, a->first + row, s.ld_a, b, s.width, a->count);
 #pragma GCC unroll 16
   for (int i = 0; i < kR; ++i)
 #pragma GCC unroll 8
@@ -137,9 +139,9 @@ void scores(float* logit, float* peak, const float* keys, int64_t ld_keys, int64
       ScoreArgs{logit, peak, keys, ld_keys, query, head_dim, width, factor, bias}, count);
 }
 
-void accumulate(float* acc, const float* alpha, const float* a, int64_t ld_a, int64_t rows,
-                const float* b, int64_t count, int64_t width) {
-  accumulate_tile_all(AccumulateArgs{acc, alpha, a, ld_a, b, count, width}, rows);
+void accumulate(float* acc, const float* alpha, const Rows* a, int64_t pieces, int64_t ld_a,
+                int64_t columns, const float* b, int64_t width) {
+  accumulate_tile_all(AccumulateArgs{acc, alpha, a, pieces, ld_a, b, width}, columns);
 }
 
 // ---- Online softmax ----
@@ -168,27 +170,28 @@ void softmax(float* logit, int64_t count, int64_t width, const float* peak, floa
 
 // ---- Rows in and out ----
 
+// A vector from memory that holds `count` values, followed by zeros where those are too few.
+PISA_INLINE vf float_part(const float* src, int64_t count) {
+  if (count >= kLanes) return *reinterpret_cast<const vf_any*>(src);
+  vf part = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = src[i];
+  return part;
+}
+
+PISA_INLINE vh half_part(const uint16_t* src, int64_t count) {
+  if (count >= kLanes) return *reinterpret_cast<const vh_any*>(src);
+  vh part = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = src[i];
+  return part;
+}
+
 template <typename Convert>
 PISA_INLINE void load_half_row(float* dst, const uint16_t* src, int64_t cols, Convert convert) {
-  int64_t c = 0;
-  for (; c + kLanes <= cols; c += kLanes)
-    store(dst + c, convert(*reinterpret_cast<const vh_any*>(src + c)));
-  if (c < cols) {
-    vh tail = {};
-    for (int64_t i = c; i < cols; ++i) tail[i - c] = src[i];
-    store(dst + c, convert(tail));
-  }
+  for (int64_t c = 0; c < cols; c += kLanes) store(dst + c, convert(half_part(src + c, cols - c)));
 }
 
 PISA_INLINE void load_float_row(float* dst, const float* src, int64_t cols) {
-  int64_t c = 0;
-  for (; c + kLanes <= cols; c += kLanes)
-    store(dst + c, *reinterpret_cast<const vf_any*>(src + c));
-  if (c < cols) {
-    vf tail = {};
-    for (int64_t i = c; i < cols; ++i) tail[i - c] = src[i];
-    store(dst + c, tail);
-  }
+  for (int64_t c = 0; c < cols; c += kLanes) store(dst + c, float_part(src + c, cols - c));
 }
 
 int64_t load_rows(float* dst, int64_t ld, const void* src, int64_t src_stride, const int64_t* at,
@@ -290,6 +293,44 @@ void add_squares(float* sum, const float* src, int64_t ld, int64_t rows, float f
   }
 }
 
+template <typename At>
+PISA_INLINE void square_rows(float* sum, int64_t rows, int64_t cols, float factor, At at) {
+  constexpr int kStrip = 4;
+  for (int64_t c = 0; c < cols; c += kStrip * kLanes) {
+    vf part[kStrip] = {};
+    for (int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kStrip; ++v)
+        if (c + v * kLanes < cols) {
+          const vf x = at(r, c + v * kLanes);
+          part[v] += x * x;
+        }
+    for (int v = 0; v < kStrip && c + v * kLanes < cols; ++v) {
+      float* to = sum + c + v * kLanes;
+      store(to, load(to) + part[v] * factor);
+    }
+  }
+}
+
+void add_row_squares(float* sum, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                     int32_t dtype, float factor) {
+  const auto half_row = [=](int64_t r) {
+    return static_cast<const uint16_t*>(src) + r * src_stride;
+  };
+  if (dtype == kFloat32)
+    square_rows(sum, rows, cols, factor, [=](int64_t r, int64_t c) {
+      return float_part(static_cast<const float*>(src) + r * src_stride + c, cols - c);
+    });
+  else if (dtype == kBFloat16)
+    square_rows(sum, rows, cols, factor, [=](int64_t r, int64_t c) {
+      return from_bfloat16(half_part(half_row(r) + c, cols - c));
+    });
+  else
+    square_rows(sum, rows, cols, factor, [=](int64_t r, int64_t c) {
+      return from_float16(half_part(half_row(r) + c, cols - c));
+    });
+}
+
 void centre(float* dst, const float* src, const float* mean, int64_t ld, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < ld; c += kLanes)
@@ -297,11 +338,47 @@ void centre(float* dst, const float* src, const float* mean, int64_t ld, int64_t
 }
 
 void dots(float* out, const float* x, const float* rows, int64_t ld, int64_t count) {
-  for (int64_t r = 0; r < count; ++r) {
-    vf sum = {};
-    for (int64_t c = 0; c < ld; c += kLanes) sum += load(x + c) * load(rows + r * ld + c);
-    out[r] = horizontal_sum(sum);
+  for (int64_t r = 0; r < count; r += kLanes) {
+    const int64_t filled = count - r < kLanes ? count - r : kLanes;
+    vf sum[kLanes] = {};
+    for (int64_t i = 0; i < filled; ++i)
+      for (int64_t c = 0; c < ld; c += kLanes)
+        sum[i] += load(x + c) * load(rows + (r + i) * ld + c);
+    // Transposed, the sums over the lanes of all rows are additions of vectors.
+    transpose_tile(sum);
+    vf dot = {};
+    for (int i = 0; i < kLanes; ++i) dot += sum[i];
+    for (int64_t i = 0; i < filled; ++i) out[r + i] = dot[i];
   }
+}
+
+// Whole numbers in the order of the floats that x are the bits of.
+PISA_INLINE vi in_order(vi x) { return x ^ ((x >> 31) & 0x7fffffff); }
+
+float kth_largest(const float* x, int64_t count, int64_t k) {
+  int32_t least = INT32_MIN;  // the result is built from the top bit down
+  for (int bit = 31; bit >= 0; --bit) {
+    const int32_t higher = static_cast<int32_t>(static_cast<uint32_t>(least) + (1u << bit));
+    vi seen = {};  // minus the number of values that are not below `higher`
+    for (int64_t i = 0; i < count; i += kLanes) seen += in_order(as_int(load(x + i))) >= higher;
+    // Through memory, where the compiler sees a sum that it can do in vectors.
+    alignas(sizeof(vi)) int32_t lanes[kLanes];
+    *reinterpret_cast<vi*>(lanes) = seen;
+    int32_t total = 0;
+    for (int i = 0; i < kLanes; ++i) total -= lanes[i];
+    if (total < k) continue;
+    least = higher;
+    if (total == k) break;  // the smallest of these is the result
+  }
+  vf smallest = splat(__builtin_inff());
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vf value = load(x + i);
+    const vf candidate = in_order(as_int(value)) >= least ? value : smallest;
+    smallest = candidate < smallest ? candidate : smallest;
+  }
+  float result = smallest[0];
+  for (int i = 1; i < kLanes; ++i) result = smallest[i] < result ? smallest[i] : result;
+  return result;
 }
 
 double norm2(const float* x, int64_t count) {
@@ -327,8 +404,8 @@ void scale_columns(float* dst, const float* src, const float* factor, int64_t wi
 
 extern const Kernels PISA_TABLE(PISA_VARIANT);
 const Kernels PISA_TABLE(PISA_VARIANT) = {
-    load_rows, store_rows, transpose,     column_mean, add_squares, centre,
-    dots,      norm2,      scale_columns, scores,      softmax,     accumulate,
+    load_rows, store_rows, transpose, column_mean,   add_row_squares, add_squares, centre,
+    dots,      kth_largest, norm2, scale_columns, scores, softmax, accumulate,
 };
 
 }  // namespace pisa

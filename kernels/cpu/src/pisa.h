@@ -35,13 +35,19 @@ struct Call {
   Parallel parallel;      // the team to run on, or null: the library's own threads
   int64_t batch, heads, kv_heads, query_len, key_len, head_dim, value_dim;
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // elements: b, h, t
-  int64_t block;          // tokens per block
+  int64_t query_block, key_block;   // tokens per block
   int64_t free_first, free_last;    // key blocks that routing may choose from
   int64_t query_first, query_last;  // query blocks outside this range attend densely
   double scale;
   double mass_limit;      // order kCorrected: the largest factor on the mass of a block
   double routing_weight;  // times the log weight of a block, added to its score; 0 for none
   int32_t dtype, routing, order, threads;
+};
+
+// Rows that lie one after the other, for products over rows from several places.
+struct Rows {
+  const float* first;
+  int64_t count;
 };
 
 // Vector kernels of one instruction set. All scratch memory is 64-byte aligned and row strides
@@ -61,12 +67,17 @@ struct Kernels {
                     int64_t cols);
   // mean[c] = sum_r src[r, c] / divisor over `ld` columns.
   void (*column_mean)(float* mean, const float* src, int64_t ld, int64_t rows, float divisor);
+  // sum[c] += factor * sum_r float(src[r, c])^2 over `cols` columns.
+  void (*add_row_squares)(float* sum, const void* src, int64_t src_stride, int64_t rows,
+                          int64_t cols, int32_t dtype, float factor);
   // sum[c] += factor * sum_r src[r, c]^2 over `ld` columns.
   void (*add_squares)(float* sum, const float* src, int64_t ld, int64_t rows, float factor);
   // dst[r, c] = src[r, c] - mean[c] over `ld` columns.
   void (*centre)(float* dst, const float* src, const float* mean, int64_t ld, int64_t rows);
   // out[r] = x . rows[r] over `ld` columns.
   void (*dots)(float* out, const float* x, const float* rows, int64_t ld, int64_t count);
+  // The k-th largest of x[i]; count is a multiple of 16, k >= 1, and x holds no NaN.
+  float (*kth_largest)(const float* x, int64_t count, int64_t k);
   // sum over i of x[i]^2; count is a multiple of 16.
   double (*norm2)(const float* x, int64_t count);
   // dst[r, w] = src[r, w] * factor[w].
@@ -81,14 +92,14 @@ struct Kernels {
   // logit = 2^(logit - top) in place, mass = mass * alpha + sum_n logit.
   void (*softmax)(float* logit, int64_t count, int64_t width, const float* peak, float* top,
                   float* mass, float* alpha);
-  // acc[m, w] = acc[m, w] * alpha[w] (null: 1) + sum_n a[n, m] * b[n, w]; acc and b have
-  // stride `width`.
-  void (*accumulate)(float* acc, const float* alpha, const float* a, int64_t ld_a, int64_t rows,
-                     const float* b, int64_t count, int64_t width);
+  // acc[m, w] = acc[m, w] * alpha[w] (null: 1) + sum_n a[n, m] * b[n, w], m < columns, over the
+  // rows n of all `pieces` of a, one after the other; acc and b have stride `width`.
+  void (*accumulate)(float* acc, const float* alpha, const Rows* a, int64_t pieces, int64_t ld_a,
+                     int64_t columns, const float* b, int64_t width);
 };
 
 // Raise whenever Call, a signature or the meaning of a field changes.
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 }  // namespace pisa
 

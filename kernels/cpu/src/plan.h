@@ -20,8 +20,8 @@ inline int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; }
 // do not depend on their number.
 struct Plan {
   explicit Plan(const Call& c)
-      : blocks(ceil_div(c.key_len, c.block)),
-        width(std::min(c.block, kTile)),
+      : blocks(ceil_div(c.key_len, c.key_block)),
+        width(std::min(c.query_block, kTile)),
         tiles(ceil_div(c.query_len, width)),
         ld_key(round_up(c.head_dim)),
         ld_value(round_up(c.value_dim)),
@@ -31,13 +31,13 @@ struct Plan {
         corrected(sparse && c.order == kCorrected),
         first_order(sparse && (covariance || corrected || c.order == kHybrid)) {
     const int64_t kv = c.batch * c.kv_heads;
-    chunk_blocks = std::max<int64_t>(ceil_div(blocks, kMaxChunks), ceil_div(512, c.block));
+    chunk_blocks = std::max<int64_t>(ceil_div(blocks, kMaxChunks), ceil_div(512, c.key_block));
     chunks = ceil_div(blocks, chunk_blocks);
     threads = std::clamp<int64_t>(c.threads, 1, kv * group * tiles);
     // Enough tiles at a time that waiting for the last one costs little, and no more, because
     // the memory of one set of heads serves the next.
     heads = std::min(kv, ceil_div(32 * threads, group * tiles));
-    packed_size = blocks * c.block * (ld_key + ld_value);
+    packed_size = blocks * c.key_block * (ld_key + ld_value);
     const int64_t inputs = c.batch * (c.heads * c.query_len * c.head_dim +
                                       c.kv_heads * c.key_len * (c.head_dim + c.value_dim));
     // In floats, and so that everything together stays below the size of the inputs.
@@ -53,10 +53,10 @@ struct Plan {
     norm = take(covariance ? heads * blocks : 0);
     log_weight = take(heads * blocks);
     variance = take(corrected ? heads * blocks * ld_key : 0);
-    energy = take(corrected ? heads * chunks * ld_key : 0);
+    energy = take(corrected ? kv * chunks * ld_key : 0);
     pack = take(packed ? heads * packed_size : 0);
     shared = total;
-    const int64_t rows_in_scratch = std::max(c.block, kTile);
+    const int64_t rows_in_scratch = std::max({c.query_block, c.key_block, kTile});
     keys = take(rows_in_scratch * ld_key);
     values = take(rows_in_scratch * ld_value);
     query = take(kTile * ld_key);
@@ -99,7 +99,7 @@ struct Head {
   float* norm;           // [N]
   float* log_weight;     // [N] log2 of the weight of a block's mean, exp(s(q, kbar_j)) left out
   float* variance;       // [N, ld_key] of the valid keys of a block
-  float* energy;         // [chunks, ld_key] mean of q_d^2, in parts as `matrix`
+  float* energy;         // [chunks, ld_key] mean of q_d^2, the first of them once reduced
   float* packed_keys;    // [N, block, ld_key], the valid keys of a block first
   float* packed_values;  // [N, block, ld_value]
   int32_t* length;       // [N]

@@ -51,6 +51,9 @@ NORMAL: dict[str, tuple[str, int, str, dict[str, Any]]] = {
                         {"kernels": ("cuts", "forward"), "routing": "threshold"}),
     "sm_90_masked": ("sm_90", 96, "float16", {"kernels": ("forward",), "masked": True,
                                               "permuted": True}),
+    "sm_90_small_key_blocks": ("sm_90", 64, "bfloat16",
+                               {"kernels": ("statistics", "routing", "forward"),
+                                "routing": "topk", "order": "corrected", "key_block_size": 32}),
     "sm_100": ("sm_100", 128, "bfloat16", {"kernels": ("covariance", "forward")}),
     "sm_120": ("sm_120", 128, "bfloat16", {"kernels": ("routing",), "density": True}),
     "gfx942": ("gfx942", 128, "bfloat16", {"kernels": ("forward",), "order": "none",
@@ -90,6 +93,11 @@ CALLS: dict[str, dict[str, Any]] = {
     "topk_none": {"routing": "topk", "order": "none", "kernels": ("routing", "forward")},
     "topk_corrected": {"routing": "topk", "order": "corrected", "kernels": ("routing",)},
     "threshold_none": {"routing": "threshold", "order": "none", "kernels": ("routing",)},
+    "small_key_blocks": {"routing": "topk", "order": "corrected", "key_block_size": 32},
+    "small_key_blocks_masked": {"routing": "topk", "order": "corrected", "key_block_size": 32,
+                                "masked": True, "permuted": True, "kernels": ("forward",)},
+    "small_key_blocks_threshold": {"routing": "threshold", "key_block_size": 32,
+                                   "kernels": ("forward",)},
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def _with(**changes: Any) -> tuple[Inputs, AttentionParams]:
         ({"order": "blockwise"}, "order in .*'hybrid'.*'blockwise'"),
         ({"routing": "random"}, "routing in .*'random'"),
         ({"block_size": 48}, "block_size in .*48"),
+        ({"key_block_size": 8}, "key_block_size in .*8"),
         ({"query": INPUTS.query.double()}, "dtype in .*float64"),
         ({"query": INPUTS.query.half()}, "one dtype"),
         ({"key": INPUTS.key[:, :, :50]}, "expected query"),

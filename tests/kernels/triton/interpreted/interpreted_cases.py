@@ -11,7 +11,7 @@ from pisa_compile.kernels import reference, triton
 from pisa_compile.kernels.params import (
     AttentionParams,
     exact_block_counts,
-    free_blocks,
+    free_key_blocks,
 )
 from pisa_compile.kernels.testing import (
     Inputs,
@@ -22,7 +22,7 @@ from pisa_compile.kernels.testing import (
 
 # Float32 arithmetic in another order may be this much worse than the reference's in float32.
 TOLERANCE_FACTOR = 4.0
-SETTINGS = ("sparsity", "block_size", "routing", "order", "exact", "scale")
+SETTINGS = ("sparsity", "block_size", "key_block_size", "routing", "order", "exact", "scale")
 
 
 def case(**options: Any) -> tuple[Inputs, AttentionParams]:
@@ -97,7 +97,7 @@ def routing_gap(
     """
     q, k, v, mask = inputs.to(torch.float64).astuple()
     tokens = k.shape[2]
-    first, last = free_blocks(tokens, params)
+    first, last = free_key_blocks(tokens, params)
     if first >= last:
         return float("inf")
     mask = mask if mask is not None else torch.ones(k.shape[0], tokens, dtype=torch.bool)
@@ -106,7 +106,7 @@ def routing_gap(
         mask = mask[:, permutation]
     repeat = q.shape[1] // k.shape[1]
     stats = reference.block_statistics(
-        k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), mask, params.block_size
+        k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), mask, params.key_size
     )
     valid = stats.valid[:, :, None, first:last]
     score = reference._proxy_score(q, stats, params, k.shape[1])[..., first:last]

@@ -87,8 +87,9 @@ def test_first_order_keeps_its_digits_under_a_large_common_key() -> None:
         {"query_len": 330, "block_size": 16, "exact": (50, 20)},
         {"query_len": 40, "key_len": 700, "exact": (50, 20), "block_size": 32},
         {"query_len": 300, "block_size": 16, "head_dim": 96, "heads": 2, "kv_heads": 1},
+        {"query_len": 330, "key_block_size": 16, "exact": (50, 20), "order": "corrected"},
     ],
-    ids=["topk", "threshold", "covariance_masked", "exact", "cross", "two_chunks_gqa"],
+    ids=["topk", "threshold", "covariance_masked", "exact", "cross", "two_chunks_gqa", "keys_16"],
 )
 def test_routing_selects_what_the_specification_selects(options: dict[str, Any]) -> None:
     inputs, params = case(**{"head_dim": 16, "heads": 2, **options})
@@ -96,7 +97,7 @@ def test_routing_selects_what_the_specification_selects(options: dict[str, Any])
     found = _workspace(inputs, params, "statistics", "first_order", "covariance", "routing")
     exact = inputs.to(torch.float64)
     mask = inputs.key_mask
-    key_len, size = exact.key.shape[2], params.block_size
+    key_len, size = exact.key.shape[2], params.key_size
     if mask is None:
         mask = torch.ones(1, key_len, dtype=torch.bool)
     repeat = exact.query.shape[1] // exact.key.shape[1]
