@@ -288,8 +288,11 @@ def _print(timings: Sequence[Timing], about: dict[str, Any]) -> None:
 
 def _caption(about: dict[str, Any]) -> str:
     threads = f", {about['threads']} threads" if about["threads"] else ""
+    blocks = f"block size {about['block_size']}"
+    if about["key_block_size"]:
+        blocks += f" (keys {about['key_block_size']})"
     return (
-        f"{about['device']}{threads}, {about['dtype']}, block size {about['block_size']}, "
+        f"{about['device']}{threads}, {about['dtype']}, {blocks}, "
         f"{about['routing']} + {about['order']}, torch {about['versions']['torch']}; "
         f"{about['rounds']} interleaved rounds"
     )

@@ -87,7 +87,7 @@ def test_first_order_keeps_its_digits_under_a_large_common_key() -> None:
         {"query_len": 330, "block_size": 16, "exact": (50, 20)},
         {"query_len": 40, "key_len": 700, "exact": (50, 20), "block_size": 32},
         {"query_len": 300, "block_size": 16, "head_dim": 96, "heads": 2, "kv_heads": 1},
-        {"query_len": 330, "key_block_size": 16, "exact": (50, 20), "order": "corrected"},
+        {"query_len": 330, "key_block_size": 16, "exact": (50, 20)},
     ],
     ids=["topk", "threshold", "covariance_masked", "exact", "cross", "two_chunks_gqa", "keys_16"],
 )
