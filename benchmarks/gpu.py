@@ -71,7 +71,9 @@ CHECKS: dict[str, dict[str, Any]] = {
     "value_narrower_gqa": {"head_dim": 96, "value_dim": 40, "heads": 4, "kv_heads": 2},
     "masked_exact": {"masked": 0.3, "exact": (70, 20)},
     "cross_block_32": {"query_len": 100, "key_len": 333, "block_size": 32},
+    "cross_keys_16": {"query_len": 100, "key_len": 333, "key_block_size": 16},
     "corrected": {"order": "corrected"},
+    "corrected_keys_32": {"order": "corrected", "key_block_size": 32},
     "corrected_gqa_masked": {"order": "corrected", "masked": 0.3, "heads": 4, "kv_heads": 2},
     "corrected_threshold": {"order": "corrected", "routing": "threshold"},
     "density": {"heads": 3, "density": (1.0, 0.4, 0.05)},
@@ -81,7 +83,7 @@ CHECKS: dict[str, dict[str, Any]] = {
     "permuted_corrected_head_dim_72": {"permuted": True, "order": "corrected", "head_dim": 72},
     "permuted_exact_density": {"permuted": True, "exact": (70, 20), "density": (0.4,)},
 }
-SETTINGS = ("routing", "order", "exact", "block_size")
+SETTINGS = ("routing", "order", "exact", "block_size", "key_block_size")
 PERMUTATION_TOKENS = 32_760  # about 32k: where a permutation must cost little
 
 
@@ -294,6 +296,7 @@ def measure(
     candidates: dict[str, Run] = {"pisa": lambda: attention(*inputs.astuple(), params)}
     for name, changes in (
         ("pisa_corrected", {"order": "corrected"}),
+        ("pisa_corrected_keys_32", {"order": "corrected", "key_block_size": 32}),
         ("pisa_threshold", {"routing": "threshold"}),
     ):
         other = replace(params, **changes)

@@ -53,6 +53,9 @@ class Config:
         guarded_rows: `rows` on that path; `rows` where it is None.
         selecting: launch of the forward kernel where it also decides what is exact; `forward` where
             it is None.
+        small: launch of the forward kernel where key blocks have less than `keys` tokens; `forward`
+            where it is None.
+        small_guarded: the same where loads are guarded; `guarded` where it is None.
         descriptors: read keys and values by the copy engine (TMA) where their layout allows it.
         inside: decide threshold routing in the forward kernel instead of the routing kernel.
         inside_guarded: the same where loads are guarded.
@@ -73,6 +76,8 @@ class Config:
     guarded: Launch | None = None
     guarded_rows: int | None = None
     selecting: Launch | None = None
+    small: Launch | None = None
+    small_guarded: Launch | None = None
     statistics: Launch = Launch(8, 2)
     covariance: Launch = Launch(8, 2)
     routing: Launch = Launch(8, 2)
@@ -99,7 +104,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # mma.sync, 163 KB of shared memory
     "sm_80": {
         32: Config(),
-        64: Config(selecting=Launch(8, 2), inside_guarded=False),
+        64: Config(selecting=Launch(8, 2), small_guarded=Launch(4, 1), inside_guarded=False),
         128: replace(
             _SMALL_KEYS, guarded=Launch(8, 2, 255), selecting=Launch(8, 2, 255),
             statistics=Launch(8, 1),
@@ -125,7 +130,10 @@ _TABLE: dict[str, dict[int, Config]] = {
     "sm_90": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
         64: Config(descriptors=True, forward=Launch(4, 3)),
-        128: Config(descriptors=True, guarded=Launch(8, 1), inside_guarded=False),
+        128: Config(
+            descriptors=True, guarded=Launch(8, 1), small_guarded=Launch(8, 2),
+            inside_guarded=False,
+        ),
         256: replace(_WIDE_KEYS, descriptors=True, statistics=Launch(8, 2)),
     },
     # tcgen05 and TMA, 227 KB
@@ -134,7 +142,7 @@ _TABLE: dict[str, dict[int, Config]] = {
         64: Config(descriptors=True, selecting=Launch(8, 2)),
         128: Config(
             descriptors=True, guarded=Launch(8, 2), selecting=Launch(8, 2),
-            routing=Launch(8, 2, 255),
+            small=Launch(4, 2, 255), small_guarded=Launch(8, 2, 255), routing=Launch(8, 2, 255),
         ),
         256: replace(
             _WIDE_KEYS, descriptors=True, forward=Launch(8, 1), guarded=Launch(8, 2),

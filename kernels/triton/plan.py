@@ -406,9 +406,15 @@ def _forward(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int)
         "DESCRIPTORS": g.descriptors, **_dot_arguments(g),
     }  # fmt: skip
     grid = (block_count(g.query_len, g.rows), count * g.group_size)
-    options = g.config.guarded if g.guarded else None
-    if options is None and g.inside:
-        options = g.config.selecting
-    return KernelLaunch(
-        "forward", forward_kernel, grid, arguments, _options(options or g.config.forward)
+    return KernelLaunch("forward", forward_kernel, grid, arguments, _options(_forward_options(g)))
+
+
+def _forward_options(g: Geometry) -> Options:
+    config, small = g.config, g.keys < g.config.keys
+    special = (
+        config.small_guarded if g.guarded and small else None,
+        config.guarded if g.guarded else None,
+        config.selecting if g.inside else None,
+        config.small if small else None,
     )
+    return next((options for options in special if options is not None), config.forward)

@@ -299,14 +299,15 @@ void Attention::select(const Scratch& s, const Head& h, int64_t query_head, bool
 int64_t Attention::keep_best(const Scratch& s, int64_t count, int64_t top_k) const {
   if (count <= top_k) return count;
   const float limit = k.kth_largest(s.score, round_up(p.blocks), top_k);
-  int64_t ties = top_k - std::count_if(s.score, s.score + p.blocks, [=](float x) { return x > limit; });
+  const auto better = [=](float score) { return score > limit; };
+  int64_t ties = top_k - std::count_if(s.score, s.score + p.blocks, better);
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t j = s.index[i];
     const bool tie = s.score[j] == limit && ties > 0;
     ties -= tie;
     s.index[kept] = j;
-    kept += tie || s.score[j] > limit;
+    kept += tie || better(s.score[j]);
   }
   return kept;
 }

@@ -359,8 +359,9 @@ float kth_largest(const float* x, int64_t count, int64_t k) {
   int32_t least = INT32_MIN;  // the result is built from the top bit down
   for (int bit = 31; bit >= 0; --bit) {
     const int32_t higher = static_cast<int32_t>(static_cast<uint32_t>(least) + (1u << bit));
-    vi seen = {};  // minus the number of values that are not below `higher`
-    for (int64_t i = 0; i < count; i += kLanes) seen += in_order(as_int(load(x + i))) >= higher;
+    const vi bound = vi{} + higher;
+    vi seen = {};  // minus the number of values that are not below it
+    for (int64_t i = 0; i < count; i += kLanes) seen += in_order(as_int(load(x + i))) >= bound;
     // Through memory, where the compiler sees a sum that it can do in vectors.
     alignas(sizeof(vi)) int32_t lanes[kLanes];
     *reinterpret_cast<vi*>(lanes) = seen;
@@ -373,7 +374,7 @@ float kth_largest(const float* x, int64_t count, int64_t k) {
   vf smallest = splat(__builtin_inff());
   for (int64_t i = 0; i < count; i += kLanes) {
     const vf value = load(x + i);
-    const vf candidate = in_order(as_int(value)) >= least ? value : smallest;
+    const vf candidate = in_order(as_int(value)) >= vi{} + least ? value : smallest;
     smallest = candidate < smallest ? candidate : smallest;
   }
   float result = smallest[0];
@@ -404,8 +405,8 @@ void scale_columns(float* dst, const float* src, const float* factor, int64_t wi
 
 extern const Kernels PISA_TABLE(PISA_VARIANT);
 const Kernels PISA_TABLE(PISA_VARIANT) = {
-    load_rows, store_rows, transpose, column_mean,   add_row_squares, add_squares, centre,
-    dots,      kth_largest, norm2, scale_columns, scores, softmax, accumulate,
+    load_rows, store_rows,  transpose, column_mean,   add_row_squares, add_squares, centre,
+    dots,      kth_largest, norm2,     scale_columns, scores,          softmax,     accumulate,
 };
 
 }  // namespace pisa
