@@ -104,8 +104,10 @@ def test_bench_times_and_draws(capsys, tmp_path: Path) -> None:
     assert record["about"]["dtype"] == "float32"
     assert record["about"]["versions"]["torch"] == torch.__version__
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert call("bench", *shapes, *settings) == 0
-    assert "sparsity 0.8" in capsys.readouterr().out
+    assert call("bench", *shapes, *settings, "--key-block-size", "32") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "sparsity 0.8" in words
+    assert "block size 64 (keys 32)" in words
 
 
 def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import sys
 
 import pytest
@@ -65,6 +66,23 @@ def test_report_as_data_and_as_text() -> None:
     for words in ("blocks.1.attn", "1x2x256x16", "sparse", "DENSE", report.summary):
         assert words in text
     assert report.summary.startswith("1 of 2 attention sites replaced in 1 compiled graph")
+
+
+def test_key_blocks_of_another_size_reach_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny(), tokens()
+    options = {"min_tokens": 0, "inner": "eager", "sparsity": 0.5, "key_block_size": 16}
+    compiled = torch.compile(model, backend="pisa", options=options)
+    report = pisa.explain(compiled, x)
+    assert "blocks 64 x 16" in str(report)
+    # As above, with 16 key blocks of which 8 stay exact.
+    routing, centroids, correction = 4 * 16 * 16, 256 * 8 * 32, 16 * 16
+    per_head = 2 * (256 * 128 * 32 + routing + centroids + 512 * 16 * 16 + correction)
+    assert report.sites[0].flops == 2 * per_head
+    with torch.no_grad():
+        out = compiled(x)
+        attention = functools.partial(pisa.attention, sparsity=0.5, key_block_size=16)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        torch.testing.assert_close(out, model(x))
 
 
 def test_plain_text_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
