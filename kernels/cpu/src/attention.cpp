@@ -380,9 +380,14 @@ void Attention::exact(const Scratch& s, const Head& h, int64_t width) const {
   };
   const auto add = [&](const float* key, const float* value, int64_t count) {
     if (count == 0) return;
+    filled += count;
+    if (pieces > 0 && keys[pieces - 1].first + keys[pieces - 1].count * p.ld_key == key) {
+      keys[pieces - 1].count += count;  // values lie as keys do
+      values[pieces - 1].count += count;
+      return;
+    }
     keys[pieces] = {key, count};
     values[pieces++] = {value, count};
-    filled += count;
   };
   for (int64_t i = 0; i < p.blocks && s.index[i] >= 0; ++i) {
     const int64_t j = s.index[i];
