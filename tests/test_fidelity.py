@@ -212,6 +212,15 @@ def test_smaller_key_blocks_pay_for_their_means_with_exact_keys() -> None:
     assert out.equal(expected)
 
 
+def test_every_method_delivers_no_less_than_is_asked() -> None:
+    for density in (0.05, 0.1, 0.15, 0.3, 0.5):
+        whole = math.ceil(density * 64 - 1e-6) / 64
+        for method in methods.METHODS:
+            delivered = methods.deliverable(method, density)
+            assert density <= delivered <= whole
+            assert delivered == whole or method.name == methods.FINE
+
+
 def test_every_method_runs_at_the_density_asked_for() -> None:
     sample = next(data.structured())
     qkv = [x[:, :, :2048].float() for x in (sample.query, sample.key, sample.value)]

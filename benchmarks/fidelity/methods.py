@@ -1,5 +1,6 @@
 """Every method of the comparison under one signature, at an equal share of exact blocks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,14 +43,29 @@ def block_count(density: float, blocks: int) -> float:
     return float(max(1, -int(-(density * blocks - 1e-6) // 1))) / blocks
 
 
-def sparsity(density: float, settings: dict[str, Any]) -> float:
-    """The sparsity at which a method with these settings costs what blocks of 64 keys cost.
+def _key_block(settings: dict[str, Any] | None) -> int:
+    return int((settings or {}).get("key_block_size", rivals.BLOCK))
 
-    A block's mean costs every query what one key does, so smaller key blocks, which have more
-    means, get as many exact keys less: half the size takes 1/64 from the density.
+
+def _more_means(key_block: int) -> float:
+    """Means of key blocks beyond one for every 64 keys, as a share of the keys.
+
+    A mean costs every query what a key does, so they count as exact keys: half the size takes
+    1/64 from the density.
     """
-    more_means = 1 / settings.get("key_block_size", rivals.BLOCK) - 1 / rivals.BLOCK
-    return 1 - (density - more_means)
+    return 1 / key_block - 1 / rivals.BLOCK
+
+
+def sparsity(density: float, settings: dict[str, Any]) -> float:
+    """The sparsity of exact keys at which exact keys and additional means are `density`."""
+    return 1 - (density - _more_means(_key_block(settings)))
+
+
+def deliverable(method: Method, density: float) -> float:
+    """The least density from `density` on that whole blocks of the grid's tokens deliver."""
+    key_block = _key_block(method.settings)
+    means = _more_means(key_block)
+    return block_count(density - means, math.prod(GRID) // key_block) + means
 
 
 def _package(name: str, label: str, *, kernels: bool = True, **settings: Any) -> Method:

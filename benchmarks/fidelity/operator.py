@@ -9,12 +9,11 @@ from torch import Tensor
 
 from . import metrics
 from .data import Sample
-from .methods import METHODS, Method, block_count, in_order, order_of_tokens
+from .methods import METHODS, Method, deliverable, in_order, order_of_tokens
 
 DENSITIES = {"hilbert": (0.05, 0.1, 0.15, 0.3, 0.5), "raster": (0.1, 0.15)}
 SLOW = ("hilbert", 0.15)
 ADVERSARIAL_DENSITIES = (0.05, 0.15, 0.5)
-BLOCKS = 64
 
 
 def settings(group: str, quick: bool) -> Iterator[tuple[Method, str, float]]:
@@ -35,7 +34,7 @@ def measure(sample: Sample, quick: bool = False) -> list[dict[str, Any]]:
     dense = _dense(sample)
     rows = []
     for method, order, density in settings(sample.group, quick):
-        target = block_count(density, BLOCKS)
+        target = deliverable(method, density)
         out, delivered = in_order(method, query, key, value, target, order_of_tokens(order))
         heads = list(zip(out[0], dense[0], strict=True))
         rows.append(

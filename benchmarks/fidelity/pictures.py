@@ -19,7 +19,7 @@ from examples.photo_dit.weights import load_model
 
 from . import metrics
 from .data import Attention, replaced_attention
-from .methods import BY_NAME, FINE, METHODS, OURS, PAPER, block_count, in_order, order_of_tokens
+from .methods import BY_NAME, FINE, METHODS, OURS, PAPER, deliverable, in_order, order_of_tokens
 
 SEEDS = tuple(range(8))
 STEPS = 6
@@ -56,7 +56,7 @@ def attention(name: str, density: float) -> Attention:
     if name == "dense":
         return _dense
     method, order = BY_NAME[name], order_of_tokens("hilbert")
-    target = block_count(density, len(order) // 64)
+    target = deliverable(method, density)
     return lambda query, key, value: in_order(method, query, key, value, target, order)[0]
 
 

@@ -18,24 +18,25 @@ from examples.photo_dit.sampling import euler_step, noise
 from examples.photo_dit.weights import load_model
 
 from .data import Attention, replaced_attention
-from .methods import METHODS, block_count, order_of_tokens, sparsity
-from .operator import BLOCKS, DENSITIES
+from .methods import METHODS, Method, deliverable, order_of_tokens, sparsity
+from .operator import DENSITIES
 
 _dense = torch.nn.functional.scaled_dot_product_attention
 Key = tuple[str, float]
 STEP_DENSITIES = (0.05, 0.15, 0.3)
 
 
-def _package(settings: dict[str, Any], density: float) -> Attention:
+def _package(method: Method, density: float) -> Attention:
     order = order_of_tokens("hilbert").int()
-    delivered = block_count(density, BLOCKS)  # that of the errors
+    settings = method.settings or {}
+    share = sparsity(deliverable(method, density), settings)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return pisa.attention(
             query,
             key,
             value,
-            sparsity=sparsity(delivered, settings),
+            sparsity=share,
             permutation=order,
             **settings,
         )
@@ -45,7 +46,7 @@ def _package(settings: dict[str, Any], density: float) -> Attention:
 
 def _candidates(densities: tuple[float, ...]) -> dict[Key, Attention]:
     return {("dense", 1.0): _dense} | {
-        (method.name, density): _package(method.settings, density)
+        (method.name, density): _package(method, density)
         for density in densities
         for method in METHODS
         if method.settings is not None
