@@ -292,7 +292,14 @@ def _record() -> dict[str, Any]:
         if row["density"] == 0.15 and row["order"] == "hilbert":
             rows += [row | {"density": density} for density in (0.05, 0.3)]
     times = [
-        {"method": m.name, "density": d, "median": 0.1 + d, "p20": 0.1, "p80": 0.5}
+        {
+            "method": m.name,
+            "density": d,
+            "median": 0.1 + d,
+            "p20": 0.1,
+            "p80": 0.5,
+            "of_hybrid": 1.0,
+        }
         for m in methods.METHODS
         if m.settings is not None
         for d in (0.05, 0.15, 0.3)

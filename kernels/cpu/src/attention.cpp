@@ -197,21 +197,23 @@ void Attention::statistics(const Scratch& s, int64_t first_head, int64_t unit) {
 }
 
 // The part of one chunk of queries in the mean of q_d^2 over the queries that share a key head.
-void Attention::energies(const Scratch&, int64_t, int64_t unit) {
-  const int64_t b = unit / p.chunks, chunk = unit % p.chunks;
-  float* energy = c.workspace + p.energy + (b * c.kv_heads * p.chunks + chunk) * p.ld_key;
+void Attention::energies(const Scratch&, int64_t first_head, int64_t unit) {
+  const int64_t chunk = unit % p.chunks, kv_heads = p.token_major ? c.kv_heads : 1;
+  const int64_t kv_head = first_head + unit / p.chunks * kv_heads;  // counted over the batch too
+  const int64_t b = kv_head / c.kv_heads, query_head = kv_head % c.kv_heads * p.group;
+  float* energy = c.workspace + p.energy + (kv_head * p.chunks + chunk) * p.ld_key;
   const int64_t next_head = p.chunks * p.ld_key;
-  for (int64_t g = 0; g < c.kv_heads; ++g) std::fill_n(energy + g * next_head, p.ld_key, 0.0f);
+  for (int64_t g = 0; g < kv_heads; ++g) std::fill_n(energy + g * next_head, p.ld_key, 0.0f);
   const int64_t rows = ceil_div(c.query_len, p.chunks);
   const int64_t first = chunk * rows, last = std::min(c.query_len, first + rows);
   const float factor = 1.0f / static_cast<float>(p.group * c.query_len);
-  // In memory order, since a sum needs no other. Heads of one token often share a page.
-  const int64_t at_a_time = c.query_stride[1] < c.query_stride[2] ? 16 : rows;
+  // In memory order, since a sum needs no other. Heads of one token share pages.
+  const int64_t at_a_time = p.token_major ? 16 : rows;
   for (int64_t t = first; t < last; t += at_a_time)
-    for (int64_t q = 0; q < c.heads; ++q)
-      k.add_row_squares(energy + q / p.group * next_head, row(c.query, c.query_stride, b, q, t),
-                        c.query_stride[2], std::min(at_a_time, last - t), c.head_dim, c.dtype,
-                        factor);
+    for (int64_t q = 0; q < kv_heads * p.group; ++q)
+      k.add_row_squares(energy + q / p.group * next_head,
+                        row(c.query, c.query_stride, b, query_head + q, t), c.query_stride[2],
+                        std::min(at_a_time, last - t), c.head_dim, c.dtype, factor);
 }
 
 // Sums what the chunks of a head have gathered, and corrects the mass of its blocks.
@@ -471,10 +473,14 @@ void Attention::work() {
 void Attention::run() {
   valid_keys.assign(c.batch, 0);
   for (int64_t b = 0; b < c.batch; ++b) count_lengths(b);
-  if (p.corrected) phases.push_back({&Attention::energies, 0, c.batch * p.chunks});
   const int64_t kv = c.batch * c.kv_heads;
+  if (p.corrected && p.token_major)
+    phases.push_back({&Attention::energies, 0, c.batch * p.chunks});
   for (int64_t first = 0; first < kv; first += p.heads) {
     const int64_t heads = std::min(p.heads, kv - first);
+    // Where a head's queries lie together, shortly before they are attended with.
+    if (p.corrected && !p.token_major)
+      phases.push_back({&Attention::energies, first, heads * p.chunks});
     if (p.sparse || p.packed)
       phases.push_back({&Attention::statistics, first, heads * p.chunks});
     if (p.corrected || (p.first_order && p.chunks > 1))

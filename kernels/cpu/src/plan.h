@@ -26,6 +26,7 @@ struct Plan {
         ld_key(round_up(c.head_dim)),
         ld_value(round_up(c.value_dim)),
         group(c.heads / c.kv_heads),
+        token_major(c.query_stride[1] < c.query_stride[2]),
         sparse(std::any_of(c.top_k, c.top_k + c.heads, [](int64_t k) { return k > 0; })),
         covariance(sparse && c.routing == kTopKCovariance),
         corrected(sparse && c.order == kCorrected),
@@ -78,7 +79,8 @@ struct Plan {
   }
 
   int64_t blocks, width, tiles, ld_key, ld_value;
-  int64_t group;  // query heads per key/value head
+  int64_t group;     // query heads per key/value head
+  bool token_major;  // the heads of one query lie together, not the queries of one head
   bool sparse, covariance, corrected, first_order;
   bool packed;    // keys and values are copied once, as contiguous float32 blocks
   int64_t chunks, chunk_blocks;  // units that the statistics of one head are cut into
