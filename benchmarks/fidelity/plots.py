@@ -121,7 +121,7 @@ def _time(record: dict[str, Any]) -> Figure:
             if row["method"] == name and row["density"] in errors[name]
         ]
         axes.plot([p[0] for p in points], [p[1] for p in points], **_style(name))
-        if name == OURS:
+        if name == FINE:
             for milliseconds, error, density in points:
                 axes.annotate(
                     f"{density:g}",
@@ -130,7 +130,7 @@ def _time(record: dict[str, Any]) -> Figure:
                     textcoords="offset points",
                     fontsize=9,
                     ha="right",
-                    color=_COLOURS[OURS],
+                    color=_COLOURS[FINE],
                 )
     axes.axvline(1e3 * dense, color="black", linestyle="--", linewidth=1.2)
     axes.annotate(
@@ -164,7 +164,7 @@ def _speedup(record: dict[str, Any]) -> Figure:
         x, y, half, _ = zip(*points, strict=True)
         bars = None if name == OURS else half
         axes.errorbar(x, y, yerr=bars, capsize=3, elinewidth=1, **_style(name))
-        if name == OURS:
+        if name == FINE:
             for speedup, level, _, density in points:
                 axes.annotate(
                     f"{density:g}",
@@ -172,7 +172,7 @@ def _speedup(record: dict[str, Any]) -> Figure:
                     xytext=(7, 6),
                     textcoords="offset points",
                     fontsize=9,
-                    color=_COLOURS[OURS],
+                    color=_COLOURS[FINE],
                 )
     axes.margins(0.08)
     axes.set_xlabel("speed-up of a whole step over dense attention, eager mode, one CPU thread")
