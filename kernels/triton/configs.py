@@ -90,7 +90,7 @@ _FLOAT32 = Config(
     rows=32, keys=16, centroids=16, tile=16, norm_tile=32, in_chunks=True, forward=Launch(8, 1),
     covariance=Launch(8, 1),
 )  # fmt: skip
-_FLOAT32_NVIDIA = replace(_FLOAT32, forward=Launch(8, 1, 255))
+_FLOAT32_NVIDIA = replace(_FLOAT32, forward=Launch(8, 1, 255), statistics=Launch(8, 2, 255))
 _SMALL_KEYS = Config(keys=32, centroids=32)
 # Deciding threshold routing in the forward kernel takes registers that a head_dim of 256 has not.
 _WIDE = Config(
