@@ -104,17 +104,22 @@ _TABLE: dict[str, dict[int, Config]] = {
     # mma.sync, 163 KB of shared memory
     "sm_80": {
         32: Config(),
-        64: Config(selecting=Launch(8, 2), small_guarded=Launch(4, 1), inside_guarded=False),
+        64: Config(
+            guarded=Launch(4, 1), selecting=Launch(8, 1), inside_guarded=False,
+            routing=Launch(8, 2, 255),
+        ),
         128: replace(
             _SMALL_KEYS, guarded=Launch(8, 2, 255), selecting=Launch(8, 2, 255),
-            statistics=Launch(8, 1),
+            statistics=Launch(8, 1), routing=Launch(8, 2, 255),
         ),
         256: replace(_WIDE, guarded_rows=32),
     },
     # mma.sync, 99 KB
     "sm_86": {
         32: Config(),
-        64: Config(guarded=Launch(8, 2), selecting=Launch(8, 2)),
+        64: Config(
+            guarded=Launch(8, 2), selecting=Launch(8, 1), routing=Launch(8, 2, 255)
+        ),
         128: replace(
             _SMALL_KEYS, guarded=Launch(8, 2, 255), inside_guarded=False, statistics=Launch(8, 1)
         ),
@@ -129,7 +134,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # wgmma and TMA, 227 KB
     "sm_90": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
-        64: Config(descriptors=True, forward=Launch(4, 3)),
+        64: Config(descriptors=True, forward=Launch(4, 3), guarded=Launch(4, 2)),
         128: Config(
             descriptors=True, guarded=Launch(8, 1), small_guarded=Launch(8, 2),
             inside_guarded=False,
@@ -139,7 +144,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # tcgen05 and TMA, 227 KB
     "sm_100": {
         32: Config(descriptors=True, forward=Launch(4, 3)),
-        64: Config(descriptors=True, selecting=Launch(8, 2)),
+        64: Config(descriptors=True, selecting=Launch(8, 2), routing=Launch(8, 2, 255)),
         128: Config(
             descriptors=True, guarded=Launch(8, 2), selecting=Launch(8, 2),
             small=Launch(4, 2, 255), small_guarded=Launch(8, 2, 255), routing=Launch(8, 2, 255),
@@ -152,7 +157,7 @@ _TABLE: dict[str, dict[int, Config]] = {
     # mfma, 64 KB
     "gfx942": {
         32: Config(),
-        64: Config(),
+        64: Config(inside_guarded=False),
         128: _SMALL_KEYS,
         256: replace(_WIDE_KEYS, forward=Launch(8, 1), statistics=Launch(8, 2)),
     },
