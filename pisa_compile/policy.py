@@ -41,8 +41,8 @@ class Policy:
         sparsity: fraction of key blocks that is approximated, in [0, 1). Default 0.7, or
             that of the model's preset (docs/presets.md).
         block_size: tokens per query block, and per key block: 16, 32, 64 or 128. Default 64.
-        key_block_size: tokens per key block, where that is to be another number of the same four:
-            32 is more faithful at the same sparsity (docs/fidelity.md). Default: `block_size`.
+        key_block_size: tokens per key block, where that is to be another number of the same four.
+            Default: `block_size`. For when 32 pays, see docs/fidelity.md.
         routing: "topk", "topk_covariance" or "threshold". Default "topk".
         order: "none", "zeroth", "hybrid", "corrected" or "blockwise". Default "corrected".
         exact: tokens of a joint sequence that stay exact, for text: `(prefix, suffix)`, or "auto"

@@ -106,8 +106,8 @@ def _adversarial(rows: list[dict[str, Any]]) -> tuple[list[str], Rows]:
     header = [
         "relative L2 at density 0.15",
         *(BY_NAME[n].label for n in names),
-        "/ paper",
-        "/ paper",
+        "corrected / paper",
+        "keys by 32 / paper",
     ]
     lines = []
     for index, place in enumerate(chosen[PAPER]["head"]):

@@ -72,10 +72,12 @@ def build(target: Path = LIBRARY, sources: Path = SOURCES) -> Path:
             objects.append(Path(scratch) / f"{name}.o")
             command = [*_FLAGS, *flags.split(), f"-DPISA_VARIANT={name}"]
             _run([*compiler, *command, "-c", sources / "kernels.cpp", "-o", objects[-1]])
-        for name in ("attention", "dispatch", "pool"):
-            objects.append(Path(scratch) / f"{name}.o")
+        for source in sorted(sources.glob("*.cpp")):
+            if source.stem == "kernels":  # compiled above, once per instruction set
+                continue
+            objects.append(Path(scratch) / f"{source.stem}.o")
             digest = f'-DPISA_SOURCE_DIGEST="{source_digest(sources)}"'
-            _run([*compiler, *_FLAGS, digest, "-c", sources / f"{name}.cpp", "-o", objects[-1]])
+            _run([*compiler, *_FLAGS, digest, "-c", source, "-o", objects[-1]])
         linked = Path(scratch) / target.name
         link: list[str | Path] = [*compiler, *_LINK_FLAGS, *objects, "-o", linked]
         try:
