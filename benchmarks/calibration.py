@@ -36,11 +36,11 @@ from examples.photo_dit.data import NAMES
 from examples.photo_dit.demo import psnr
 from examples.photo_dit.sampling import euler_step, noise, time_grid
 from examples.photo_dit.weights import WEIGHTS, load_model
-from pisa_compile.calibration.calibrate import DENSITIES
-from pisa_compile.calibration.plan import Plan, measured
-from pisa_compile.calibration.progress import progress
-from pisa_compile.calibration.runner import Runner
-from pisa_compile.policy import DEFAULT
+from pisa_compile.policies.policy import DEFAULT
+from pisa_compile.study.calibration.calibrate import DENSITIES
+from pisa_compile.study.calibration.plan import Plan, measured
+from pisa_compile.study.calibration.progress import progress
+from pisa_compile.study.calibration.runner import Runner
 
 SPARSITIES = (0.7, 0.85, 0.92)
 CALIBRATED_ON = (0, 3)  # seed of the noise, number of the photograph

@@ -27,7 +27,7 @@ from diffusers import FluxTransformer2DModel
 from torch import fx, nn
 
 from pisa_compile.passes import rewrite_attention
-from pisa_compile.policy import Policy
+from pisa_compile.policies.policy import Policy
 
 POLICY = Policy(min_tokens=0)
 

@@ -10,23 +10,25 @@ from typing import Literal
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..annotation import erase_marks, policies_around, policy_keys
 from ..kernels.dispatch import UnsupportedError
-from ..policy import Policy, named_policies, resolve
-from ..presets import Presets, class_names
-from ..token_order import NO_CALLER, CallerTokens
-from .eligibility import is_expected
-from .external import ExternalKernel
-from .fake import example, four_sizes, sizes
-from .flex import FlexAttention
-from .grid import plan_tokens
-from .grouped import without_copies
-from .handwritten import HandWrittenAttention
-from .opaque import expand, inline, inputs_of, is_opaque
-from .regions import as_called, closed_region, common_operands, separate
-from .rewrite import AttentionRewrite, GraphFacts
-from .sdpa import ScaledDotProductAttention
-from .site import AttentionSite, Decision, NearMiss, module_stack, place_of
+from ..ops.token_order import NO_CALLER, CallerTokens
+from ..policies.annotation import erase_marks, policies_around, policy_keys
+from ..policies.policy import Policy, named_policies, resolve
+from ..policies.presets import Presets, class_names
+from .graph.fake import example, four_sizes, sizes
+from .judge.eligibility import is_expected
+from .match.external import ExternalKernel
+from .match.flex import FlexAttention
+from .match.grouped import without_copies
+from .match.handwritten import HandWrittenAttention
+from .match.opaque import expand, inline, inputs_of, is_opaque
+from .match.sdpa import ScaledDotProductAttention
+from .match.spelling import AttentionRewrite, GraphFacts
+from .replace.regions import as_called, closed_region, common_operands, separate
+from .sites.decision import Decision
+from .sites.modules import module_stack, place_of
+from .sites.site import AttentionSite, NearMiss
+from .tokens.plan import plan_tokens
 
 log = logging.getLogger("pisa_compile")
 

@@ -1,23 +1,52 @@
 """Piecewise sparse attention for diffusion transformers, as a torch.compile backend."""
 
-from .attachment import Attachment as Attachment
-from .attachment import attach as attach
-from .calibration import Calibration as Calibration
-from .calibration import calibrate as calibrate
-from .compare import Comparison as Comparison
-from .compare import compare as compare
-from .delivery import delivered as delivered
-from .export import rewrite as rewrite
-from .functional import attention as attention
-from .kernels.dispatch import UnsupportedError as UnsupportedError
-from .policy import DENSE as DENSE
-from .policy import Policy as Policy
-from .policy import policy as policy
-from .policy import set_policy as set_policy
-from .policy_file import load_policy as load_policy
-from .policy_file import save_policy as save_policy
-from .report import Report as Report
-from .report import explain as explain
-from .schedule import Schedule as Schedule
-from .steps import denoising as denoising
-from .steps import set_step as set_step
+from importlib import metadata as _metadata
+
+from .export import rewrite
+from .kernels.dispatch import UnsupportedError
+from .ops.functional import attention
+from .policies.attach import policy, set_policy
+from .policies.file import load_policy, save_policy
+from .policies.policy import DENSE, Policy
+from .policies.schedule import Schedule
+from .report.explain import Report, explain
+from .steps.clock import denoising, set_step
+from .steps.scheduler import Attachment, attach
+from .study.calibration import Calibration, calibrate
+from .study.compare import Comparison, compare
+from .study.delivery import delivered
+
+__all__ = [
+    "DENSE",
+    "Attachment",
+    "Calibration",
+    "Comparison",
+    "Policy",
+    "Report",
+    "Schedule",
+    "UnsupportedError",
+    "__version__",
+    "attach",
+    "attention",
+    "calibrate",
+    "compare",
+    "delivered",
+    "denoising",
+    "explain",
+    "load_policy",
+    "policy",
+    "rewrite",
+    "save_policy",
+    "set_policy",
+    "set_step",
+]
+
+try:
+    __version__ = _metadata.version("pisa-compile")
+except _metadata.PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+
+def __dir__() -> list[str]:
+    """The public names alone: rooms of the package are no part of the interface."""
+    return sorted(__all__)

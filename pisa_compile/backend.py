@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from .frame import traced_module
-from .grids import following_caller, tokens_of_caller
+from .caller import following_caller, tokens_of_caller
+from .caller.module import traced_module
+from .compiled import stepwise
 from .options import CompileOptions, parse
 from .passes import (
     add_density_input,
@@ -23,9 +24,8 @@ from .passes import (
     refuse_dense,
     rewrite_attention,
 )
-from .presets import Presets, class_names
-from .recording import recorded
-from .stepwise import stepwise
+from .policies.presets import Presets, class_names
+from .report.recording import recorded
 
 
 def pisa(

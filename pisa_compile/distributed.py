@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import attention
 from .kernels.dispatch import UnsupportedError
-from .policy import Policy
+from .ops.functional import attention
+from .policies.policy import Policy
 
 Group = dist.ProcessGroup | None
 

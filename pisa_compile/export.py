@@ -10,8 +10,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
 from .passes import rewrite_attention
-from .policy import Policy
-from .presets import Presets
+from .policies.policy import Policy
+from .policies.presets import Presets
 
 
 def rewrite(program: ExportedProgram, policy: Policy | None = None) -> ExportedProgram:

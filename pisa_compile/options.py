@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .policy import POLICY_FIELDS, Policy
-from .policy_file import load_policy
-from .presets import check_preset
+from .policies.file import load_policy
+from .policies.policy import POLICY_FIELDS, Policy
+from .policies.presets import check_preset
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 

@@ -140,7 +140,7 @@ def test_one_graph_serves_several_resolutions() -> None:
 
 def compiled_fresh(model: nn.Module, count: int) -> torch.Tensor:
     """The same with static shapes, traced apart from Dynamo's counters and caches."""
-    from pisa_compile.functional import attention
+    from pisa_compile.ops.functional import attention
 
     x = tokens(count)
     for block in model.blocks:

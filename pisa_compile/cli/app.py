@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, calibrate, doctor, explain, run
+from . import bench, calibrate, doctor, explain
+from .script import command as run
 
 app = typer.Typer(
     help="Piecewise sparse attention for diffusion transformers.",

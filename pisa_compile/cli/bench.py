@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import track
 
 from ..cost.store import device_name
-from ..functional import attention
 from ..kernels.dispatch import UnsupportedError
 from ..kernels.params import ORDERS, ROUTINGS, AttentionParams
 from ..kernels.testing import Inputs, random_inputs, relative_l2, specified
+from ..ops.functional import attention
 from .environment import versions
 from .errors import UserError
 from .output import print_json, table_of

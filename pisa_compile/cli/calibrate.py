@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..calibration import calibrate as calibration_of
-from ..policy import POLICY_FIELDS, Policy
+from ..policies.policy import POLICY_FIELDS, Policy
+from ..study.calibration import calibrate as calibration_of
 from .errors import UserError
 from .explain import model_of
 from .importing import load

@@ -21,7 +21,7 @@ from ..kernels.cpu import native
 from ..kernels.cpu.build import BuildError, find_compiler
 from ..kernels.params import AttentionParams
 from ..kernels.testing import random_inputs, relative_l2, specified
-from ..policy import DEFAULT
+from ..policies.policy import DEFAULT
 from .environment import versions
 from .errors import UserError
 from .output import print_json
@@ -216,7 +216,7 @@ def _against_specification(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Finding:
     """A small call compared with the specification in float64."""
-    from ..functional import attention
+    from ..ops.functional import attention
 
     title = f"{'CPU' if name == 'cpu' else 'Triton'} results"
     inputs = random_inputs(query_len=700, head_dim=head_dim, dtype=dtype)

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from ..kernels.dispatch import UnsupportedError
-from ..report import explain as report_of_call
+from ..report.explain import explain as report_of_call
 from .errors import UserError
 from .importing import load
 from .options import Model, Options, compile_options

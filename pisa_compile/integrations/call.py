@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import attention
 from ..kernels import dispatch
-from ..policy import DEFAULT, DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
+from ..ops.functional import attention
+from ..policies.policy import DEFAULT, DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
 
 log = logging.getLogger("pisa_compile")
 

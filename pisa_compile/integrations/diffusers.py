@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 
-from ..policy import Policy
+from ..policies.policy import Policy
 from .call import Call, checked, sparse
 from .diffusers_parallel import over_ranks
 

@@ -13,9 +13,9 @@ import torch
 from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 from torch import Tensor
 
-from ..functional import attention
 from ..kernels.dispatch import UnsupportedError
-from ..policy import DEFAULT, Policy
+from ..ops.functional import attention
+from ..policies.policy import DEFAULT, Policy
 from .call import Call, refusal
 
 

@@ -25,7 +25,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ..policy import Policy
+from ..policies.policy import Policy
 from .call import Call, checked, sparse
 
 

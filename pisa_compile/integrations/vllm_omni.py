@@ -19,7 +19,7 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..policy import POLICY_FIELDS, Policy
+from ..policies.policy import POLICY_FIELDS, Policy
 from .call import Call, checked, sparse
 
 log = logging.getLogger("pisa_compile")

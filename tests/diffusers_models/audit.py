@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from pisa_compile import Report
-from pisa_compile.report import Site
+from pisa_compile.report.explain import Site
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 _KEEPS_WEIGHTS = {"dropout", "to", "float", "type_as", "type", "half", "view", "reshape"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pisa_compile.kernels.curves import CURVES, curve
-from pisa_compile.token_order import CallerTokens, called_with
+from pisa_compile.ops.token_order import CallerTokens, called_with
 
 BLOCK = 64
 CPU = torch.device("cpu")

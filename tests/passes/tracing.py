@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pisa_compile.passes import Decision, rewrite_attention
-from pisa_compile.policy import Policy
+from pisa_compile.policies.policy import Policy
 
 SPARSITY_ZERO = Policy(sparsity=0.0, min_tokens=0, impl="reference")
 OPS = (torch.ops.pisa.attention.default,)

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from pisa_compile.kernels import reference, triton
-from pisa_compile.kernels.params import (
-    AttentionParams,
-    exact_block_counts,
-    free_key_blocks,
-)
-from pisa_compile.kernels.testing import (
-    Inputs,
-    poisoned_memory,
-    random_inputs,
-    relative_l2,
-)
+from pisa_compile.kernels.params import AttentionParams, exact_block_counts, free_key_blocks
+from pisa_compile.kernels.testing import Inputs, poisoned_memory, random_inputs, relative_l2
 
 # Float32 arithmetic in another order may be this much worse than the reference's in float32.
 TOLERANCE_FACTOR = 4.0

@@ -1,0 +1,1 @@
+"""Which sites may be sparse, and the reason that users read of the others."""

@@ -1,0 +1,1 @@
+"""Masks: which of them only remove keys, proven without a look at their values."""

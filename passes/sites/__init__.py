@@ -1,0 +1,1 @@
+"""The neutral records: an attention as it was found, and what became of it."""

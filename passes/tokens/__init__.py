@@ -1,0 +1,1 @@
+"""Tokens of an attention: where they come from, which stay exact, in which order they go."""

@@ -1,0 +1,1 @@
+"""`pisa run`: somebody's script, and what is changed around it."""

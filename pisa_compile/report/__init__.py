@@ -1,0 +1,1 @@
+"""What ran and why: recordings of compiled graphs, `explain`, attention that no graph contains."""

@@ -1,0 +1,1 @@
+"""Measuring a user's model: what routing delivered, what policies cost, calibration."""
