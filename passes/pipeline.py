@@ -20,7 +20,7 @@ from .judge.eligibility import is_expected
 from .match.external import ExternalKernel
 from .match.flex import FlexAttention
 from .match.grouped import without_copies
-from .match.handwritten import HandWrittenAttention
+from .match.written import HandWrittenAttention
 from .match.opaque import expand, inline, inputs_of, is_opaque
 from .match.sdpa import ScaledDotProductAttention
 from .match.spelling import AttentionRewrite, GraphFacts

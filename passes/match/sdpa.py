@@ -1,4 +1,7 @@
-"""`F.scaled_dot_product_attention`, one node in a Dynamo graph on every device."""
+"""`F.scaled_dot_product_attention`, one node in a Dynamo graph on every device.
+
+Programs that were decomposed for a device hold the operator of that device's kernel instead.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ..graph.axes import Step
 from ..graph.fake import example, is_zero, number
 from ..sites.site import AttentionSite, Mask, NearMiss, View
 from .spelling import AttentionRewrite, GraphFacts
+from .transforms import transform_of
 
 _TARGETS = (
     F.scaled_dot_product_attention,
@@ -38,6 +42,9 @@ class ScaledDotProductAttention(AttentionRewrite):
             _PARAMETERS | dict(zip(_PARAMETERS, node.args, strict=False)) | node.kwargs
         )
         inputs = given["query"], given["key"], given["value"]
+        reason = transform_of((*inputs, given["attn_mask"], node))
+        if reason is not None:
+            return NearMiss(node, *inputs, reason)
         layout = _layout(*map(example, inputs))
         if layout is None:
             reason = "query, key and value have different or unknown leading dimensions"
