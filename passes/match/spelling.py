@@ -14,6 +14,7 @@ from ..masks.padding import MaskAnalysis
 from ..replace.substitute import substitute
 from ..sites.site import AttentionSite, NearMiss
 from ..tokens.plan import TokenPlan, Tokens
+from .channels import channel_refusal
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class AttentionRewrite(ABC):
 
     def check(self, site: AttentionSite, policy: Policy, facts: GraphFacts) -> str | None:
         """Why the site must stay dense, in words for a user, or None."""
-        return refusal(site, policy, facts.masks, facts.gradients)
+        channels = channel_refusal(site) if policy.enabled else None
+        return channels or refusal(site, policy, facts.masks, facts.gradients)
 
     def rewrite(self, site: AttentionSite, plan: TokenPlan, facts: GraphFacts) -> None:
         """Substitute piecewise sparse attention for a site that passed the check."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...graph.axes import Axes, Dims, Group
+from ...graph.axes import CASTS, Axes, Dims, Group
 from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_number, is_tensor, is_zero, number
 from ...graph.product import product_of
@@ -174,11 +175,26 @@ def constant(value: Any, reader: fx.Node, facts: GraphFacts) -> float | None:
         except UnknownValueError:
             return None
         known = facts.masks.facts.values(state)
-        return next(iter(known)) if known is not None and len(known) == 1 else None
+        if known is not None and len(known) == 1:
+            return next(iter(known))
+        return _held(state)
     if isinstance(value, fx.Node):
         return number(value) if is_number(value) else None
     kinds = (bool, int, float, torch.SymInt, torch.SymFloat)
     return float(value) if isinstance(value, kinds) else None
+
+
+def _held(node: fx.Node) -> float | None:
+    """The number in a tensor of one element that the program holds, as export lifts them."""
+    call = call_of(node)
+    while call is not None and call.name in CASTS | {"clone", "lift"} and is_tensor(call.args[0]):
+        node = call.args[0]
+        call = call_of(node)
+    held = node.meta.get("constant", getattr(node.meta.get("val"), "constant", None))
+    if node.op == "get_attr" and "." not in str(node.target):
+        held = getattr(node.graph.owning_module, str(node.target), None)
+    plain = isinstance(held, Tensor) and not isinstance(held, FakeTensor) and held.numel() == 1
+    return float(held.item()) if plain else None
 
 
 def aligned(chain: Chain, other: fx.Node, axes: Axes) -> Dims:

@@ -130,10 +130,23 @@ def operands(node: fx.Node, through_anything: bool = False) -> tuple[Any, ...]:
     if call.name in _EITHER:
         return call.args[:2]
     if call.name == "where":
-        return call.args[1:3]
+        return (chosen(call) or ())[1:]
     if call.name in _FIRST | _VIEWS | SAME:
         return call.args[:1]
     return _any_operands(node, call) if through_anything else ()
+
+
+def chosen(call: Call) -> tuple[Any, Any, Any] | None:
+    """Condition and both sources of a `where`, some of which may be keywords."""
+    given = call.kwargs
+    if len(call.args) == 3:
+        return call.args[0], call.args[1], call.args[2]
+    if "other" not in given or not call.args:
+        return None
+    if "condition" in given:
+        return given["condition"], call.args[0], given["other"]
+    source = call.args[1] if len(call.args) == 2 else given.get("input")
+    return None if source is None else (call.args[0], source, given["other"])
 
 
 def _any_operands(node: fx.Node, call: Call) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from .chain import (
     drift,
     view,
 )
-from .path import Link
+from .path import Link, chosen
 
 BEFORE = "between the product of query and key and its softmax"
 # Added to all scores of a row, more would change how they are rounded.
@@ -73,8 +73,8 @@ def _advance(chain: Chain, link: Link, axes: Axes, facts: GraphFacts) -> None:
     elif call.name == "masked_fill":
         mask, fill = call.argument(1, "mask"), call.argument(2, "value")
         _fill(chain, mask, fill, "block", node, axes, facts)
-    elif call.name == "where" and len(call.args) == 3:
-        condition, if_true, if_false = call.args
+    elif call.name == "where" and (sources := chosen(call)) is not None:
+        condition, if_true, if_false = sources
         if operand is if_true:
             _fill(chain, condition, if_false, "allow", node, axes, facts)
         else:

@@ -17,7 +17,7 @@ from ...graph.fake import example, is_tensor
 from ...graph.product import product_of
 from ..spelling import GraphFacts
 from .chain import Chain, MismatchError, checked_call, constant, drift, view
-from .path import Link
+from .path import Link, chosen
 from .softmax import Softmax
 
 AFTER = "between its softmax and the product with the values"
@@ -51,8 +51,8 @@ def _advance(
     call = checked_call(operand, node, AFTER)
     if view(chain, call, operand, node, axes) or _changes_nothing(call, operand, node, facts):
         return
-    rows = _empty_rows(call, operand, softmax) if call.name == "where" else None
-    if rows is not None and _is_zero(call, operand, node, facts):
+    rows = _empty_rows(call, node, operand, softmax, facts) if call.name == "where" else None
+    if rows is not None:
         chain.nodes += rows
         return
     chain.obstacle = _changed(call, operand, node, facts)
@@ -75,11 +75,6 @@ def _changes_nothing(call: Call, operand: fx.Node, node: fx.Node, facts: GraphFa
     return constant(other, node, facts) == neutral
 
 
-def _is_zero(call: Call, operand: fx.Node, node: fx.Node, facts: GraphFacts) -> bool:
-    other = call.args[1] if call.args[2] is operand else call.args[2]
-    return constant(other, node, facts) == 0.0
-
-
 def _changed(call: Call, operand: fx.Node, node: fx.Node, facts: GraphFacts) -> str:
     """What an operation does to the weights, in words."""
     other = _other(call, operand)
@@ -94,17 +89,22 @@ def _changed(call: Call, operand: fx.Node, node: fx.Node, facts: GraphFacts) -> 
     return f"`{call.name}` stands {AFTER}"
 
 
-def _empty_rows(call: Call, operand: fx.Node, softmax: Softmax) -> list[fx.Node] | None:
+def _empty_rows(
+    call: Call, node: fx.Node, operand: fx.Node, softmax: Softmax, facts: GraphFacts
+) -> list[fx.Node] | None:
     """`where(row has no key, 0, weights)`, which is what the op gives such rows.
 
     Returns:
         The nodes that find those rows, and the zeros.
     """
-    if len(call.args) != 3 or not _is_softmax(operand, softmax):
+    sources = chosen(call)
+    if sources is None or not _is_softmax(operand, softmax):
         return None
-    condition, if_true, if_false = call.args
+    condition, if_true, if_false = sources
     other = if_true if operand is if_false else if_false
     nodes: list[fx.Node] = []
+    if constant(other, node, facts) != 0.0:
+        return None
     if _tells_rows(condition, softmax, nodes) is not (operand is if_false):
         return None
     if is_tensor(other) and len(other.users) == 1:
