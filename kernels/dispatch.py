@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .params import MAX_KERNEL_BLOCKS, AttentionParams, block_count
+from .params import MAX_KERNEL_BLOCKS, AttentionParams, Settings, block_count
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 MAX_HEAD_DIM = 256
@@ -57,7 +57,7 @@ def refusal(
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
-    params: AttentionParams,
+    params: Settings,
     key_len: int | torch.SymInt | None = None,
 ) -> str | None:
     """Why `impl` cannot run such a call, or None. The reference runs everything.

@@ -12,20 +12,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from .caller import following_caller, tokens_of_caller
-from .caller.module import traced_module
-from .compiled import stepwise
+from .caller import tokens_of_caller, traced_module
+from .compiled import Stepwise, Variant
 from .options import CompileOptions, parse
-from .passes import (
-    add_density_input,
-    copied,
-    has_schedules,
-    reads_caller,
-    refuse_dense,
-    rewrite_attention,
-)
+from .passes import Context, Rewritten, reads_caller, refuse_dense, rewritten
 from .policies.presets import Presets, class_names
-from .report.recording import recorded
 
 
 def pisa(
@@ -38,7 +29,7 @@ def pisa(
     """Replace the attention of a Dynamo graph by piecewise sparse attention and compile it.
 
     Args:
-        gm: the traced graph; it is rewritten in place.
+        gm: the traced graph; it stays as it is.
         example_inputs: its inputs, fake or real.
         mode: an Inductor mode such as "reduce-overhead".
         options: fields of `Policy`, "policy" (a policy file, or policies by module name), "preset"
@@ -51,42 +42,23 @@ def pisa(
         UnsupportedError: a policy asks for what cannot be done.
     """
     settings = parse(mode, options)
-    module = traced_module()
+    context = _context(settings, traced_module())
+    sparse = rewritten(gm, context, "input")
+    if settings.strict:
+        refuse_dense(sparse.decisions, pisa)
+    if sparse.density is None:
+        return _compiled(sparse, example_inputs, settings)
+    dense = None
+    if sparse.density.has_dense_steps:
+        dense = _compiled(rewritten(gm, context, "dense"), example_inputs, settings)
+    return Stepwise(_compiled(sparse, example_inputs, settings), dense, sparse.density)
+
+
+def _context(settings: CompileOptions, module: nn.Module | None) -> Context:
+    """What sites are judged by, for a compiled `module` that is known or not."""
     _check_names(settings, module)
     presets = Presets(settings.preset, () if module is None else class_names(type(module)))
-    # A schedule may want a dense variant too, and an input that Dynamo must not see on its graph.
-    scheduled = any(policy.schedule is not None for policy in settings.named.values())
-    scheduled = scheduled or has_schedules(gm, settings.policy, presets)
-    graph = copied(gm) if scheduled else gm
-    caller = tokens_of_caller()
-    decisions = rewrite_attention(
-        graph,
-        settings.policy,
-        caller=caller,
-        presets=presets,
-        named=settings.named,
-        scheduled="input",
-    )
-    if settings.strict:
-        refuse_dense(decisions, pisa)
-    density = add_density_input(graph)
-    if density is None:
-        return recorded(compile_inner(graph, example_inputs, settings), decisions)
-    inputs, dense = list(example_inputs), None
-    if any(row.schedule.has_dense_steps for row in density.rows):
-        kept = rewrite_attention(
-            gm,
-            settings.policy,
-            caller=caller,
-            presets=presets,
-            named=settings.named,
-            scheduled="dense",
-        )
-        dense = recorded(compile_inner(gm, example_inputs, settings), kept)
-    if density.table is not None:
-        inputs.append(density.table)
-    sparse = recorded(compile_inner(graph, inputs, settings), decisions)
-    return stepwise(sparse, dense, density.rows, density.width, density.device)
+    return Context(settings.policy, settings.named, presets, tokens_of_caller())
 
 
 def _check_names(settings: CompileOptions, module: nn.Module | None) -> None:
@@ -102,12 +74,18 @@ def _check_names(settings: CompileOptions, module: nn.Module | None) -> None:
         )
 
 
+def _compiled(
+    sparse: Rewritten, example_inputs: Sequence[Any], settings: CompileOptions
+) -> Variant:
+    compiled = compile_inner(sparse.graph, [*example_inputs, *sparse.inputs], settings)
+    return Variant(compiled, sparse.decisions, sparse.numbers, reads_caller(sparse.graph))
+
+
 def compile_inner(
     gm: fx.GraphModule, example_inputs: Sequence[Any], settings: CompileOptions
 ) -> Callable[..., Any]:
     """Compile a rewritten graph with the compiler that the options name."""
     compiled: Any
-    follows = reads_caller(gm)
     if settings.inner == "eager":
         compiled = gm.forward
     elif settings.inner == "aot_eager":
@@ -123,4 +101,4 @@ def compile_inner(
         # Settings go along as patches of this call; Inductor's global configuration stays as is.
         compiled = compile_fx(gm, example_inputs, config_patches=settings.inductor)
     function: Callable[..., Any] = compiled
-    return following_caller(function) if follows else function
+    return function

@@ -29,13 +29,13 @@ from .chain import (
 )
 from .interior import check_unchanged, closed_interior
 from .softmax import Softmax, softmax_of
-from .spelling import AttentionRewrite, GraphFacts
+from .spelling import GraphFacts, Spelling
 
 _BEFORE = "between the product of query and key and its softmax"
 _AFTER = "between its softmax and the product with the values"
 
 
-class HandWrittenAttention(AttentionRewrite):
+class HandWrittenAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
         softmax = softmax_of(node)
         if softmax is None:

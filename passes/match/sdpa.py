@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..graph.axes import Step
 from ..graph.fake import example, is_zero, number
 from ..sites.site import AttentionSite, Mask, NearMiss, View
-from .spelling import AttentionRewrite, GraphFacts
+from .spelling import GraphFacts, Spelling
 
 _TARGETS = (
     F.scaled_dot_product_attention,
@@ -30,7 +30,7 @@ _PARAMETERS = {
 }
 
 
-class ScaledDotProductAttention(AttentionRewrite):
+class ScaledDotProductAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
         if node.op != "call_function" or node.target not in _TARGETS:
             return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels import dispatch
-from ..kernels.params import AttentionParams
+from ..kernels.params import Settings
 from .model import Profile, Workload, dense_terms, fit, sparse_terms
 
 # (tokens, heads, density) on a CPU. Lengths vary most, as the terms differ in their power of them.
@@ -63,8 +63,8 @@ def _measure(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim:
     for tokens, heads, density in _SHAPES:
         if device.type != "cpu":
             tokens *= _GPU_SCALE
-        params = AttentionParams(scale=head_dim**-0.5, sparsity=1 - density)
-        works.append(Workload(1, heads, heads, tokens, head_dim, value_dim, params))
+        settings = Settings(sparsity=1 - density)
+        works.append(Workload(1, heads, heads, tokens, head_dim, value_dim, settings))
         inputs = (
             tensor(heads, tokens, head_dim),
             tensor(heads, tokens, head_dim),
@@ -72,7 +72,7 @@ def _measure(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim:
         )
         runs: list[Callable[[], object]] = [
             partial(scaled_dot_product_attention, *inputs),
-            partial(dispatch.attention, *inputs, None, params),
+            partial(dispatch.attention, *inputs, None, settings.scaled(head_dim**-0.5)),
         ]
         times = interleaved(runs, device)
         dense.append(times[0])

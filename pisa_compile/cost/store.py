@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..kernels import dispatch
-from ..kernels.params import AttentionParams
+from ..kernels.params import Settings
 from .measure import measure
 from .model import DENSE_TERMS, SPARSE_TERMS, Profile
 
@@ -48,8 +48,7 @@ def _profile(
         return None
     device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
     implementation = dispatch.preferred(device)
-    params = AttentionParams(scale=1.0)
-    if dispatch.refusal(implementation, device, dtype, head_dim, value_dim, params) is not None:
+    if dispatch.refusal(implementation, device, dtype, head_dim, value_dim, Settings()) is not None:
         return None
     key = {
         "schema": _SCHEMA,

@@ -18,8 +18,10 @@ from torch._dynamo.utils import counters
 
 import pisa_compile as pisa
 from pisa_compile import Schedule, backend
-from pisa_compile import compiled as stepwise
+from pisa_compile import compiled as compiled_graphs
+from pisa_compile.compiled import Stepwise, Variant
 from pisa_compile.kernels.testing import relative_l2
+from pisa_compile.passes import DensityInput
 from pisa_compile.policies.schedule import Step
 from pisa_compile.steps import clock as steps
 
@@ -287,9 +289,9 @@ def test_a_step_that_comes_again_makes_no_tensor() -> None:
     run = compiled(tiny(1), schedule=Schedule(ramp=(0.2, 0.8)))
     with torch.no_grad():
         generate(run, tokens(100), 5)
-        made = stepwise._table.cache_info().misses
+        made = compiled_graphs._table.cache_info().misses
         generate(run, tokens(100), 5)
-    assert stepwise._table.cache_info().misses == made
+    assert compiled_graphs._table.cache_info().misses == made
 
 
 def test_heads_with_their_own_densities() -> None:
@@ -324,13 +326,12 @@ def test_one_dense_schedule_for_all_leaves_the_sparse_graph_as_it_is(
 ) -> None:
     """The number in the graph says it: no input is added, caches of other runs are used."""
     tables: list[int | None] = []
-    real = stepwise.stepwise
 
-    def spy(*args: Any) -> Any:
-        tables.append(args[3])
-        return real(*args)
+    def spy(sparse: Variant, dense: Variant | None, density: DensityInput) -> Stepwise:
+        tables.append(density.width)
+        return Stepwise(sparse, dense, density)
 
-    monkeypatch.setattr("pisa_compile.backend.stepwise", spy)
+    monkeypatch.setattr("pisa_compile.backend.Stepwise", spy)
     model, x = tiny(), tokens(100)
     with torch.no_grad():
         expected = compiled(model)(x)
@@ -415,7 +416,7 @@ def test_encoder_layers_that_are_opened_follow_the_step() -> None:
 def test_report_says_that_no_step_is_known_and_the_log_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    stepwise._warn_once.cache_clear()
+    compiled_graphs._warn_once.cache_clear()
     model, x = tiny(1), tokens(100)
     run = compiled(model, schedule=Schedule(dense_first=1, without_steps=0.75))
     with caplog.at_level(logging.WARNING, "pisa_compile"):
