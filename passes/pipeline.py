@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..kernels.dispatch import UnsupportedError
 from ..ops.token_order import NO_CALLER, CallerTokens
 from ..policies.annotation import erase_marks, policies_around
-from ..policies.policy import Policy, named_policies, resolve
+from ..policies.policy import Policy, PolicyError, named_policies, resolve
 from ..policies.presets import Presets
 from .graph.copies import copied
 from .graph.fake import example, sizes
@@ -130,16 +130,41 @@ class Rewritten:
         return [x for x in (table, self.numbers) if x is not None]
 
 
+class PassError(RuntimeError):
+    """A fault of ours: the passes met something that they should have known about."""
+
+
 def rewritten(gm: fx.GraphModule, context: Context, scheduled: Scheduling) -> Rewritten:
     """Copy a graph, judge every attention in it, and replace those that may be sparse.
 
     Args:
         scheduled: as of `rewrite_attention`.
+
+    Raises:
+        UnsupportedError, PolicyError: a policy asks for what cannot be done.
+        PassError: anything else went wrong; its cause tells. `gm` is as it was.
     """
-    graph = copied(gm, scheduled)
-    decisions = _Walk(context, scheduled).graph(graph, GraphFacts.of(graph.graph, None))
+    walk = _Walk(context, scheduled)
+    try:
+        graph = copied(gm, scheduled)
+        decisions = walk.graph(graph, GraphFacts.of(graph.graph, None))
+        result = Rewritten(graph, decisions, add_density_input(graph), number_ops(graph))
+    except (UnsupportedError, PolicyError):
+        raise
+    except Exception as error:
+        place = f" at {walk.place}" if walk.place else ""
+        raise PassError(f"an unexpected error{place}: {type(error).__name__}: {error}") from error
     _log_summary(decisions)
-    return Rewritten(graph, decisions, add_density_input(graph), number_ops(graph))
+    return result
+
+
+def untouched(gm: fx.GraphModule) -> Rewritten:
+    """A graph with nothing replaced; only our own marks, which compute nothing, are erased."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            erase_marks(module.graph)
+            module.recompile()
+    return Rewritten(gm, [])
 
 
 class _Walk:
@@ -150,6 +175,7 @@ class _Walk:
         self.scheduled: Scheduling = scheduled
         self.closed: str | None = None  # the operator whose body cannot take another input
         self.done: dict[int, list[Decision]] = {}
+        self.place = ""  # where it is, for words about an error
 
     def graph(self, gm: fx.GraphModule, facts: GraphFacts, first: int = 0) -> list[Decision]:
         """The decisions of a graph, of which `first` others come before in the one around it."""
@@ -169,6 +195,8 @@ class _Walk:
         # Checkpointing, nested compiled regions and control flow keep their bodies as children.
         if node.op == "get_attr" and isinstance(child := _attribute(gm, node), fx.GraphModule):
             return self.body(gm, node, child, facts, number)
+        modules = module_stack(node)
+        self.place = modules[-1][1] if modules else node.name
         if is_opaque(node):
             return self.opaque(node, facts, number)
         for spelling in SPELLINGS:

@@ -7,6 +7,8 @@ nothing needs to be imported.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +17,18 @@ from torch import fx, nn
 from .caller import tokens_of_caller, traced_module
 from .compiled import Stepwise, Variant
 from .options import CompileOptions, parse
-from .passes import Context, Rewritten, reads_caller, refuse_dense, rewritten
+from .passes import (
+    Context,
+    PassError,
+    Rewritten,
+    reads_caller,
+    refuse_dense,
+    rewritten,
+    untouched,
+)
 from .policies.presets import Presets, class_names
+
+log = logging.getLogger("pisa_compile")
 
 
 def pisa(
@@ -39,19 +51,25 @@ def pisa(
 
     Raises:
         ValueError, TypeError: an option is unknown or has a bad value.
-        UnsupportedError: a policy asks for what cannot be done.
+        UnsupportedError, PolicyError: a policy asks for what cannot be done.
     """
     settings = parse(mode, options)
     context = _context(settings, traced_module())
-    sparse = rewritten(gm, context, "input")
+    try:
+        sparse = rewritten(gm, context, "input")
+        has_dense_steps = sparse.density is not None and sparse.density.has_dense_steps
+        dense = rewritten(gm, context, "dense") if has_dense_steps else None
+    except PassError as error:
+        if settings.strict:
+            raise
+        return _compiled(untouched(gm), example_inputs, settings, _tell(str(error)))
     if settings.strict:
         refuse_dense(sparse.decisions, pisa)
+    compiled = _compiled(sparse, example_inputs, settings)
     if sparse.density is None:
-        return _compiled(sparse, example_inputs, settings)
-    dense = None
-    if sparse.density.has_dense_steps:
-        dense = _compiled(rewritten(gm, context, "dense"), example_inputs, settings)
-    return Stepwise(_compiled(sparse, example_inputs, settings), dense, sparse.density)
+        return compiled
+    at_dense_steps = None if dense is None else _compiled(dense, example_inputs, settings)
+    return Stepwise(compiled, at_dense_steps, sparse.density)
 
 
 def _context(settings: CompileOptions, module: nn.Module | None) -> Context:
@@ -75,10 +93,24 @@ def _check_names(settings: CompileOptions, module: nn.Module | None) -> None:
 
 
 def _compiled(
-    sparse: Rewritten, example_inputs: Sequence[Any], settings: CompileOptions
+    sparse: Rewritten,
+    example_inputs: Sequence[Any],
+    settings: CompileOptions,
+    note: str | None = None,
 ) -> Variant:
     compiled = compile_inner(sparse.graph, [*example_inputs, *sparse.inputs], settings)
-    return Variant(compiled, sparse.decisions, sparse.numbers, reads_caller(sparse.graph))
+    return Variant(compiled, sparse.decisions, sparse.numbers, reads_caller(sparse.graph), note)
+
+
+@functools.cache
+def _tell(error: str) -> str:
+    """What a user reads of a fault of ours, in the log once."""
+    text = (
+        f"pisa_compile left a graph as it was, so its attention stays dense, after {error}. Please "
+        "report this with the model; strict=True raises it with its traceback"
+    )
+    log.warning("%s", text)
+    return text
 
 
 def compile_inner(

@@ -38,6 +38,7 @@ class Variant:
         decisions: that were taken in it.
         numbers: an example of the vector of numbers that it takes, if it does.
         follows_caller: whether an order of tokens in it is that of the model that is being called.
+        note: what a report should say of it besides.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Variant:
         decisions: Sequence[Decision],
         numbers: Tensor | None,
         follows_caller: bool,
+        note: str | None = None,
     ) -> None:
-        self._compiled = Recorded(compiled, decisions)
+        self._compiled = Recorded(compiled, decisions, note)
         self._numbers = () if numbers is None else (_numbers(len(numbers), numbers.device),)
         self._follows_caller = follows_caller
 

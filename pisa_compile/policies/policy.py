@@ -25,6 +25,10 @@ _OUTER_FORWARD = "_pisa_outer_forward"
 _FORWARD_CLASS = "_pisa_forward_class"
 
 
+class PolicyError(ValueError):
+    """A policy does not fit the attention that it is for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """How attention inside a module is approximated. A field left at None is inherited.

@@ -106,9 +106,15 @@ def tally() -> Iterator[Tally]:
 class Recorded:
     """A compiled graph that tells whoever listens what it contains when it is called."""
 
-    def __init__(self, compiled: Callable[..., Any], decisions: Sequence[Decision]) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        decisions: Sequence[Decision],
+        note: str | None = None,
+    ) -> None:
         self._compiled = compiled
         self._decisions = decisions
+        self._note = note
         self._tallied = [GraphRuns(decisions) for _ in _tallies]
         for counted, runs in zip(_tallies, self._tallied, strict=True):
             counted.graphs.append(runs)
@@ -120,6 +126,8 @@ class Recorded:
         with observation.inside_graph(self._decisions) as running:
             if active is not None:
                 active.inside = True
+                if self._note is not None:
+                    note(self._note)
             try:
                 return self._compiled(*args)
             finally:
