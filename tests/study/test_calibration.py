@@ -295,7 +295,7 @@ CLI_MODULE = """
 import torch
 import pisa_compile as pisa
 from tests import models
-from tests.test_calibration import generate, uneven
+from tests.study.test_calibration import generate, uneven
 seeds = [1, 2, 3]
 """
 
