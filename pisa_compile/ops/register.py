@@ -109,17 +109,16 @@ def _checked(
     given = _named(settings)
     validation.check_call(
         query, key, value, attn_mask, density, permutation, scale=scale, enable_gqa=enable_gqa,
-        settings={**given, "impl": impl},
+        settings=vars(given) | {"impl": impl},
     )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return AttentionParams(scale=scale, **given), impl
+    return given.scaled(scale), impl
 
 
-def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the op as fields of `Settings`; those that are open have the defaults."""
+def _named(settings: Mapping[str, Any]) -> Settings:
+    """Arguments of the op as settings, not checked; those that are open have the defaults."""
     given = {name: value for name, value in settings.items() if value is not None}
-    exact = given.pop("exact_prefix", 0), given.pop("exact_suffix", 0)
-    return {**_DEFAULTS, **given, "exact": exact}
+    return Settings.from_arguments({**_DEFAULTS, **given})
 
 
 attention = torch.library.custom_op(
@@ -168,5 +167,4 @@ def _flop_formula(
     site: int | None = None,
     **settings: Any,
 ) -> int:
-    given = Settings(**_named(settings))
-    return attention_flops(query_shape, key_shape, value_shape, given)
+    return attention_flops(query_shape, key_shape, value_shape, _named(settings))
