@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from ... import cost
-from ...kernels import dispatch
 from ...kernels.params import Settings
+from ...ops import dispatch
 from ...policies.policy import DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -2,7 +2,7 @@
 
 Two ops, because the number of results is part of a schema: `attention` returns the output,
 `attention_with_lse` the output and its log-sum-exp. What runs them is decided in
-`kernels.dispatch`, when they run.
+`ops.dispatch`, when they run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..kernels import dispatch
 from ..kernels.params import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_ORDER,
@@ -22,7 +21,7 @@ from ..kernels.params import (
     AttentionParams,
     Settings,
 )
-from . import observation, validation
+from . import dispatch, observation, validation
 from .flops import attention_flops
 
 # One schema text for both ops. Keyword-only settings keep traced graphs readable. Torch leaves an

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cost import Workload
-from ...kernels import dispatch
+from ...ops import dispatch
 from ...ops.observation import Call, observed
 from ...policies.policy import Policy
 from ...report.names import ModuleNames
