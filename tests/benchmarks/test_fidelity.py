@@ -29,19 +29,7 @@ from benchmarks.fidelity import (  # noqa: E402
     tables,
 )
 
-TOKENS = 1024
-
-
-@pytest.fixture(scope="module")
-def head() -> tuple[Tensor, Tensor, Tensor]:
-    """[1, 1024, 32] each, in double precision, with keys that are alike within a block."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(count: int) -> Tensor:
-        return torch.randn(1, count, 32, generator=generator, dtype=torch.float64)
-
-    means = normal(TOKENS // 64).repeat_interleave(64, 1)
-    return 2 * normal(TOKENS), means + 0.5 * normal(TOKENS), normal(TOKENS)
+from .conftest import TOKENS  # noqa: E402
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
