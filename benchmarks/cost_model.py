@@ -28,9 +28,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from pisa_compile.cost.measure import interleaved, measure
 from pisa_compile.cost.model import Profile, Workload, break_even
 from pisa_compile.cost.store import device_name
-from pisa_compile.kernels import dispatch
-from pisa_compile.kernels.params import AttentionParams
+from pisa_compile.kernels.params import Settings
 from pisa_compile.kernels.testing import random_inputs
+from pisa_compile.ops import dispatch
 
 TOKENS = {"cpu": (700, 1536, 3000, 6144), "cuda": (3000, 6144, 16000, 32760)}
 HEADS = (3, 12)
@@ -90,8 +90,9 @@ def compare(
     density: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    params = AttentionParams(scale=head_dim**-0.5, sparsity=1 - density)
-    work = Workload(1, heads, heads, tokens, head_dim, head_dim, params)
+    settings = Settings(sparsity=1 - density)
+    params = settings.scaled(head_dim**-0.5)
+    work = Workload(1, heads, heads, tokens, head_dim, head_dim, settings)
     inputs = random_inputs(
         heads=heads, query_len=tokens, head_dim=head_dim, dtype=DTYPES[dtype], device=str(device)
     )

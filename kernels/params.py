@@ -7,15 +7,17 @@ disagree about which block is where.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from statistics import NormalDist
+from typing import Any
 
 from torch import Tensor
 
 ROUTINGS = ("topk", "topk_covariance", "threshold")
 ORDERS = ("none", "zeroth", "hybrid", "corrected", "blockwise")
 BLOCK_SIZES = (16, 32, 64, 128)
-# What users get who say nothing. `AttentionParams` itself defaults to the method of the paper.
+# What users get who say nothing. `Settings` itself defaults to the method of the paper.
 DEFAULT_BLOCK_SIZE, DEFAULT_ROUTING, DEFAULT_ORDER = 64, "topk", "corrected"
 # Key blocks that the GPU kernels can number: 16 bits of an index entry.
 MAX_KERNEL_BLOCKS = 1 << 16
@@ -26,11 +28,13 @@ ROUTING_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
-class AttentionParams:
-    """One call's settings, already validated and with `scale` resolved to a number.
+class Settings:
+    """How attention is approximated, already validated: the one carrier from policies to kernels.
+
+    A field that is added here is an argument of the op of the same name (`ops.register`), and a
+    field of `Policy` where users may choose it; everything between hands the whole record on.
 
     Attributes:
-        scale: factor on the logits, `s(q, k) = scale * q.k`.
         sparsity: fraction of the key blocks that is approximated, in [0, 1).
         block_size: tokens per query block, and per key block unless `key_block_size` is given.
         routing: which blocks are exact, one of `ROUTINGS`.
@@ -41,13 +45,29 @@ class AttentionParams:
         key_block_size: tokens per key block; None for `block_size`. Readers take `key_size`.
     """
 
-    scale: float
     sparsity: float = 0.85
     block_size: int = DEFAULT_BLOCK_SIZE
     routing: str = DEFAULT_ROUTING
     order: str = "hybrid"
     exact: tuple[int, int] = (0, 0)
     key_block_size: int | None = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The settings as keyword arguments of `torch.ops.pisa.attention`."""
+        given = {name: getattr(self, name) for name in SETTINGS}
+        prefix, suffix = given.pop("exact")
+        return {**given, "exact_prefix": prefix, "exact_suffix": suffix}
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Settings:
+        """The settings that `as_arguments` gave."""
+        given = dict(arguments)
+        exact = given.pop("exact_prefix", 0), given.pop("exact_suffix", 0)
+        return cls(**given, exact=exact)
+
+    def scaled(self, scale: float) -> AttentionParams:
+        """The settings of a call whose logits are `scale * q.k`."""
+        return AttentionParams(scale=scale, **{name: getattr(self, name) for name in SETTINGS})
 
     @property
     def density(self) -> float:
@@ -77,6 +97,20 @@ class AttentionParams:
         return -math.inf if self.sparsity == 0 else NormalDist().inv_cdf(self.sparsity)
 
 
+SETTINGS = tuple(field.name for field in fields(Settings))
+"""Names of the fields of `Settings`, as a constant that code under Dynamo may read."""
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    scale: float
+
+
+@dataclass(frozen=True)
+class AttentionParams(Settings, _Scaled):  # the last base's field comes first
+    """One call's settings, with `scale` resolved to a number: `s(q, k) = scale * q.k`."""
+
+
 def block_count(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
@@ -94,13 +128,13 @@ def exact_block_counts(density: Tensor, blocks: int) -> Tensor:
     return (density * blocks - 1e-6 * blocks).ceil().clamp(1, blocks)
 
 
-def free_key_blocks(key_len: int, params: AttentionParams) -> tuple[int, int]:
+def free_key_blocks(key_len: int, params: Settings) -> tuple[int, int]:
     """Range `[first, last)` of the key blocks that routing may choose from: those that do not
     overlap the exact prefix or suffix. Empty when everything is exact."""
     return _free_blocks(key_len, params.key_size, params.exact)
 
 
-def free_query_blocks(query_len: int, params: AttentionParams) -> tuple[int, int]:
+def free_query_blocks(query_len: int, params: Settings) -> tuple[int, int]:
     """Range `[first, last)` of the query blocks of self-attention that do not attend densely."""
     return _free_blocks(query_len, params.block_size, params.exact)
 

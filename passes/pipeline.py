@@ -1,41 +1,48 @@
-"""The ordered list of rewrites, and the walk over a graph that applies them."""
+"""The list of spellings, and the walk over a graph that judges every attention and acts on it."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..kernels.dispatch import UnsupportedError
+from ..ops.dispatch import UnsupportedError
 from ..ops.token_order import NO_CALLER, CallerTokens
-from ..policies.annotation import erase_marks, policies_around, policy_keys
-from ..policies.policy import Policy, named_policies, resolve
-from ..policies.presets import Presets, class_names
-from .graph.fake import example, four_sizes, sizes
-from .judge.eligibility import is_expected
+from ..policies.annotation import erase_marks, policies_around
+from ..policies.policy import Policy, PolicyError, named_policies, resolve
+from ..policies.presets import Presets
+from .graph.copies import copied
+from .graph.fake import example, sizes
+from .judge.eligibility import candidate_of, is_expected_near_miss
+from .judge.rules import is_expected, refusal
+from .masks.padding import Padding
 from .match.external import ExternalKernel
 from .match.flex import FlexAttention
 from .match.grouped import without_copies
 from .match.written import HandWrittenAttention
-from .match.opaque import expand, inline, inputs_of, is_opaque
+from .match.opaque import expand, inline, inputs_of, is_opaque, out_of_reach
 from .match.sdpa import ScaledDotProductAttention
-from .match.spelling import AttentionRewrite, GraphFacts
+from .match.spelling import GraphFacts, Spelling
+from .replace.density_input import DensityInput, add_density_input
+from .replace.numbers import mark_body, number_ops
 from .replace.regions import as_called, closed_region, common_operands, separate
-from .sites.decision import Decision
+from .replace.substitute import substitute
+from .sites.decision import Decision, decision_on
 from .sites.modules import module_stack, place_of
 from .sites.site import AttentionSite, NearMiss
-from .tokens.plan import plan_tokens
+from .tokens.plan import TokenPlan, plan_tokens
 
 log = logging.getLogger("pisa_compile")
 
 NO_PRESETS = Presets(name=None)
 Scheduling = Literal["input", "dense", "steady"]
 
-REWRITES: tuple[AttentionRewrite, ...] = (
+SPELLINGS: tuple[Spelling, ...] = (
     ScaledDotProductAttention(),
     HandWrittenAttention(),
     FlexAttention(),
@@ -43,25 +50,49 @@ REWRITES: tuple[AttentionRewrite, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a site is judged by, besides itself.
+
+    Attributes:
+        options: the policy of the compile call, for sites without one of their own.
+        named: policies by module name or pattern; those on modules go before them.
+        presets: where settings come from that neither policies nor options name.
+        caller: what the call of the model that is being compiled says about its tokens.
+    """
+
+    options: Policy
+    named: Mapping[str, Policy]
+    presets: Presets
+    caller: CallerTokens
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A decision, and what is needed to act on it where the site is replaced."""
+
+    decision: Decision
+    site: AttentionSite | None = None
+    padding: Padding | None = None
+    plan: TokenPlan | None = None
+
+
 def rewrite_attention(
     gm: fx.GraphModule,
     options: Policy,
     *,
-    inference: bool = False,
-    caller: CallerTokens = NO_CALLER,
-    presets: Presets = NO_PRESETS,
     named: Mapping[str, Policy] | None = None,
+    presets: Presets = NO_PRESETS,
+    caller: CallerTokens = NO_CALLER,
+    inference: bool = False,
     scheduled: Scheduling = "steady",
 ) -> list[Decision]:
     """Replace every eligible attention of a graph, in place, and of the graphs inside it.
 
     Args:
         gm: a graph with fake-tensor metadata, from Dynamo, export or make_fx.
-        options: the policy of the compile call, for sites without one of their own.
+        options, named, presets, caller: as in `Context`.
         inference: whether gradients are out of the question, as in an exported program.
-        caller: what the call of the model that is being compiled says about its tokens.
-        presets: where settings come from that neither policies nor options name.
-        named: policies by module name or pattern; those on modules go before them.
         scheduled: what becomes of sites whose schedule varies. "input": their ops are marked for
             `add_density_input`; "dense": they stay as they are; "steady": they get the sparsity for
             no known step.
@@ -70,76 +101,136 @@ def rewrite_attention(
         A decision for every attention that was found, in graph order. A graph that is called
         several times gives its decisions once per call, each under the modules of that call.
     """
-    walk = _Walk(options, caller, presets, named or {}, scheduled)
+    walk = _Walk(Context(options, named or {}, presets, caller), scheduled)
     decisions = walk.graph(gm, GraphFacts.of(gm.graph, False if inference else None))
     _log_summary(decisions)
     return decisions
 
 
-def has_schedules(gm: fx.GraphModule, options: Policy, presets: Presets) -> bool:
-    """Whether any site of a graph that has not been rewritten may have a schedule."""
-    if options.schedule is not None:
-        return True
-    nodes = [node for child in _graphs(gm) for node in child.graph.nodes]
-    if any('"schedule"' in key for node in nodes for key in policy_keys(node)):
-        return True
-    stacks = {id(stack): stack for node in nodes if (stack := node.meta.get("nn_module_stack"))}
-    classes = {cls for stack in stacks.values() for _, cls in stack.values()}
-    return presets.may_schedule({class_names(cls) for cls in classes})
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph of Dynamo's with sparse attention in it, and what it is told at every call.
+
+    Attributes:
+        graph: a copy; Dynamo's own stays as it is.
+        decisions: as of `rewrite_attention`.
+        density: the schedules of its ops, if any varies.
+        numbers: a fake example of its last argument, the vector 0, 1, 2, ..., if it takes one.
+    """
+
+    graph: fx.GraphModule
+    decisions: list[Decision]
+    density: DensityInput | None = None
+    numbers: Tensor | None = None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Fake examples of the arguments after the graph's own."""
+        table = None if self.density is None else self.density.table
+        return [x for x in (table, self.numbers) if x is not None]
+
+
+class PassError(RuntimeError):
+    """A fault of ours: the passes met something that they should have known about."""
+
+
+def rewritten(gm: fx.GraphModule, context: Context, scheduled: Scheduling) -> Rewritten:
+    """Copy a graph, judge every attention in it, and replace those that may be sparse.
+
+    Args:
+        scheduled: as of `rewrite_attention`.
+
+    Raises:
+        UnsupportedError, PolicyError: a policy asks for what cannot be done.
+        PassError: anything else went wrong; its cause tells. `gm` is as it was.
+    """
+    walk = _Walk(context, scheduled)
+    try:
+        graph = copied(gm, scheduled)
+        decisions = walk.graph(graph, GraphFacts.of(graph.graph, None))
+        result = Rewritten(graph, decisions, add_density_input(graph), number_ops(graph))
+    except (UnsupportedError, PolicyError):
+        raise
+    except Exception as error:
+        place = f" at {walk.place}" if walk.place else ""
+        raise PassError(f"an unexpected error{place}: {type(error).__name__}: {error}") from error
+    _log_summary(decisions)
+    return result
+
+
+def untouched(gm: fx.GraphModule) -> Rewritten:
+    """A graph with nothing replaced; only our own marks, which compute nothing, are erased."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            erase_marks(module.graph)
+            module.recompile()
+    return Rewritten(gm, [])
 
 
 class _Walk:
     """One walk over a graph and the graphs inside it."""
 
-    def __init__(
-        self,
-        options: Policy,
-        caller: CallerTokens,
-        presets: Presets,
-        named: Mapping[str, Policy],
-        scheduled: Scheduling,
-    ) -> None:
-        self.options = options
-        self.caller = caller
-        self.presets = presets
-        self.named = named
+    def __init__(self, context: Context, scheduled: Scheduling) -> None:
+        self.context = context
         self.scheduled: Scheduling = scheduled
         self.closed: str | None = None  # the operator whose body cannot take another input
         self.done: dict[int, list[Decision]] = {}
+        self.place = ""  # where it is, for words about an error
 
-    def graph(self, gm: fx.GraphModule, facts: GraphFacts) -> list[Decision]:
+    def graph(self, gm: fx.GraphModule, facts: GraphFacts, first: int = 0) -> list[Decision]:
+        """The decisions of a graph, of which `first` others come before in the one around it."""
         erase_marks(gm.graph)
         separate(gm)
-        decisions = []
+        decisions: list[Decision] = []
         for node in list(gm.graph.nodes):
             if not node._erased:
-                decisions += self.node(gm, node, facts)
+                decisions += self.node(gm, node, facts, first + len(decisions))
         gm.graph.lint()
         gm.recompile()
         return decisions
 
-    def node(self, gm: fx.GraphModule, node: fx.Node, facts: GraphFacts) -> list[Decision]:
+    def node(
+        self, gm: fx.GraphModule, node: fx.Node, facts: GraphFacts, number: int
+    ) -> list[Decision]:
         # Checkpointing, nested compiled regions and control flow keep their bodies as children.
         if node.op == "get_attr" and isinstance(child := _attribute(gm, node), fx.GraphModule):
-            if id(child) not in self.done:
-                inner = GraphFacts.of(child.graph, facts.gradients)
-                for call, source, input_ in common_operands(gm, node, child):
-                    facts.masks.hand_down(source, call, inner.masks, input_)
-                    inner.tokens.origins.hand_down(source, input_)
-                outside, self.closed = self.closed, self.closed or closed_region(node)
-                self.done[id(child)] = self.graph(child, inner)
-                self.closed = outside
-            around = module_stack(node)
-            return [as_called(decision, around) for decision in self.done[id(child)]]
+            return self.body(gm, node, child, facts, number)
+        modules = module_stack(node)
+        self.place = modules[-1][1] if modules else node.name
         if is_opaque(node):
-            return self.opaque(node, facts)
-        for rewrite in REWRITES:
-            site = rewrite.match(node, facts)
-            if site is not None:
-                return [self.apply(rewrite, site, facts)]
+            return self.opaque(node, facts, number)
+        for spelling in SPELLINGS:
+            found = spelling.match(node, facts)
+            if found is not None:
+                judgement = self.judge(found, facts)
+                self.act(judgement, facts, number)
+                return [judgement.decision]
         return []
 
-    def opaque(self, node: fx.Node, facts: GraphFacts) -> list[Decision]:
+    def body(
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        child: fx.GraphModule,
+        facts: GraphFacts,
+        number: int,
+    ) -> list[Decision]:
+        if id(child) not in self.done:
+            inner = GraphFacts.of(child.graph, facts.gradients)
+            for call, source, input_ in common_operands(gm, node, child):
+                facts.hand_down(source, call, inner, input_)
+            outside, self.closed = self.closed, self.closed or closed_region(node)
+            try:
+                self.done[id(child)] = self.graph(child, inner)
+            finally:
+                self.closed = outside
+        mark_body(node, number, len(self.done[id(child)]))
+        around = module_stack(node)
+        return [as_called(decision, around) for decision in self.done[id(child)]]
+
+    def opaque(self, node: fx.Node, facts: GraphFacts, number: int) -> list[Decision]:
+        if (near := out_of_reach(node)) is not None:
+            return [self.judge(near, facts).decision]
         expanded = expand(node)
         if expanded is None:
             return []
@@ -149,31 +240,43 @@ class _Walk:
             gradients = any(isinstance(x, Tensor) and x.requires_grad for x in outputs)
         inner = GraphFacts.of(expanded.graph, gradients)
         for input_, source in inputs_of(node, expanded):
-            facts.masks.hand_down(source, node, inner.masks, input_)
-            inner.tokens.origins.hand_down(source, input_)
-        decisions = self.graph(expanded, inner)
+            facts.hand_down(source, node, inner, input_)
+        decisions = self.graph(expanded, inner, number)
         if any(decision.replaced for decision in decisions):
             inline(node, expanded)
         return decisions
 
-    def apply(
-        self, rewrite: AttentionRewrite, site: AttentionSite | NearMiss, facts: GraphFacts
-    ) -> Decision:
-        policy, remark = self.policy(site)
-        notes: tuple[str, ...] = ()
-        if isinstance(site, NearMiss):
-            reason: str | None = site.reason
-        elif remark is not None and not policy.enabled:
-            reason = remark
+    def judge(self, found: AttentionSite | NearMiss, facts: GraphFacts) -> Judgement:
+        """What becomes of an attention. Changes nothing."""
+        policy, remark = self.policy(found)
+        conditional = self.closed is not None
+        if isinstance(found, NearMiss):
+            expected = is_expected_near_miss(found, policy)
+            return Judgement(decision_on(found, policy, found.reason, expected, conditional))
+        site: AttentionSite = found
+        padding: Padding | str = Padding()
+        if policy.enabled:
+            site, padding = without_copies(site, facts.writes), facts.masks.padding(site)
+        candidate = candidate_of(site, padding, facts.gradients)
+        if remark is not None and not policy.enabled:
+            reason: str | None = remark
         else:
-            site = without_copies(site, facts.writes)
-            reason = rewrite.check(site, policy, facts) or self.schedule_refusal(site, policy)
-            if reason is None:
-                plan = plan_tokens(site, policy, facts.tokens, self.caller)
-                policy, notes = plan.policy, (*plan.notes, *([remark] if remark else []))
-        decision = _decision(site, policy, reason, notes)
-        if isinstance(site, AttentionSite) and reason is None:
-            rewrite.rewrite(site, plan, facts)
+            reason = refusal(candidate, policy) or self.schedule_refusal(site, policy)
+        if reason is not None:
+            expected = is_expected(candidate, policy)
+            return Judgement(decision_on(site, policy, reason, expected, conditional))
+        assert isinstance(padding, Padding)
+        plan = plan_tokens(site, policy, facts.tokens, self.context.caller)
+        notes = (*plan.notes, *([remark] if remark else []))
+        decision = decision_on(site, plan.policy, None, False, conditional, notes)
+        return Judgement(decision, site, padding, plan)
+
+    def act(self, judgement: Judgement, facts: GraphFacts, number: int) -> None:
+        """Put the op where an attention was, if it is to be replaced."""
+        decision = judgement.decision
+        if judgement.site is not None and judgement.plan is not None:
+            assert judgement.padding is not None
+            substitute(judgement.site, judgement.plan, judgement.padding, facts.tokens, number)
         log.debug(
             "%s %s: %s (%s)",
             decision.module or "attention",
@@ -181,17 +284,18 @@ class _Walk:
             "replaced" if decision.replaced else "stays dense",
             decision.policy if decision.replaced else decision.reason,
         )
-        return decision
 
-    def policy(self, site: AttentionSite | NearMiss) -> tuple[Policy, str | None]:
+    def policy(self, found: AttentionSite | NearMiss) -> tuple[Policy, str | None]:
         """The policy of a site, and what a user should know of the preset in it."""
-        shape = () if isinstance(site, NearMiss) else sizes(site.query.example())
-        place = place_of(site.node, shape[1] if len(shape) == 4 else None)
-        preset, remark = self.presets.choose(place)
-        paths = [path for _, path in module_stack(site.node)]
-        around = [*named_policies(self.named, paths), *policies_around(site.node)]
-        policy = resolve(around, self.options, preset)
-        if around or not self.options.enabled:
+        context, node = self.context, found.node
+        shape = () if isinstance(found, NearMiss) else sizes(found.query.example())
+        preset, remark = context.presets.choose(
+            place_of(node, shape[1] if len(shape) == 4 else None)
+        )
+        paths = [path for _, path in module_stack(node)]
+        around = [*named_policies(context.named, paths), *policies_around(node)]
+        policy = resolve(around, context.options, preset)
+        if around or not context.options.enabled:
             remark = None  # the user's own word on this layer
         if self.scheduled == "steady" and policy.varying is not None:
             policy = policy.without_schedule()
@@ -211,37 +315,6 @@ class _Walk:
         if self.closed is not None:
             return f"its schedule cannot reach into the body of `{self.closed}`"
         return "it is dense at this step of its schedule" if self.scheduled == "dense" else None
-
-
-def _decision(
-    site: AttentionSite | NearMiss, policy: Policy, reason: str | None, notes: tuple[str, ...]
-) -> Decision:
-    modules = module_stack(site.node)
-    if isinstance(site, NearMiss):
-        shapes = [four_sizes(example(x)) for x in (site.query, site.key, site.value)]
-        if site.token_first:
-            shapes = [(batch, heads, count, width) for batch, count, heads, width in shapes]
-        result = example(site.query)
-    else:
-        shapes = [sizes(x.example()) for x in (site.query, site.key, site.value)]
-        result = example(site.node)
-    return Decision(
-        module=modules[-1][1] if modules else "",
-        modules=modules,
-        query_shape=shapes[0],
-        key_shape=shapes[1],
-        value_shape=shapes[2],
-        dtype=result.dtype,
-        replaced=reason is None,
-        reason=reason or "eligible",
-        policy=policy,
-        notes=notes,
-        expected=reason is not None and is_expected(site, policy),
-    )
-
-
-def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
 
 
 def _attribute(gm: fx.GraphModule, node: fx.Node) -> object:

@@ -7,25 +7,28 @@ nothing needs to be imported.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
 
-from .caller import following_caller, tokens_of_caller
-from .caller.module import traced_module
-from .compiled import stepwise
+from .caller import tokens_of_caller, traced_module
+from .compiled import Stepwise, Variant
 from .options import CompileOptions, parse
 from .passes import (
-    add_density_input,
-    copied,
-    has_schedules,
+    Context,
+    PassError,
+    Rewritten,
     reads_caller,
     refuse_dense,
-    rewrite_attention,
+    rewritten,
+    untouched,
 )
 from .policies.presets import Presets, class_names
-from .report.recording import recorded
+
+log = logging.getLogger("pisa_compile")
 
 
 def pisa(
@@ -38,7 +41,7 @@ def pisa(
     """Replace the attention of a Dynamo graph by piecewise sparse attention and compile it.
 
     Args:
-        gm: the traced graph; it is rewritten in place.
+        gm: the traced graph; it stays as it is.
         example_inputs: its inputs, fake or real.
         mode: an Inductor mode such as "reduce-overhead".
         options: fields of `Policy`, "policy" (a policy file, or policies by module name), "preset"
@@ -48,45 +51,32 @@ def pisa(
 
     Raises:
         ValueError, TypeError: an option is unknown or has a bad value.
-        UnsupportedError: a policy asks for what cannot be done.
+        UnsupportedError, PolicyError: a policy asks for what cannot be done.
     """
     settings = parse(mode, options)
-    module = traced_module()
+    context = _context(settings, traced_module())
+    try:
+        sparse = rewritten(gm, context, "input")
+        has_dense_steps = sparse.density is not None and sparse.density.has_dense_steps
+        dense = rewritten(gm, context, "dense") if has_dense_steps else None
+    except PassError as error:
+        if settings.strict:
+            raise
+        return _compiled(untouched(gm), example_inputs, settings, _tell(str(error)))
+    if settings.strict:
+        refuse_dense(sparse.decisions, pisa)
+    compiled = _compiled(sparse, example_inputs, settings)
+    if sparse.density is None:
+        return compiled
+    at_dense_steps = None if dense is None else _compiled(dense, example_inputs, settings)
+    return Stepwise(compiled, at_dense_steps, sparse.density)
+
+
+def _context(settings: CompileOptions, module: nn.Module | None) -> Context:
+    """What sites are judged by, for a compiled `module` that is known or not."""
     _check_names(settings, module)
     presets = Presets(settings.preset, () if module is None else class_names(type(module)))
-    # A schedule may want a dense variant too, and an input that Dynamo must not see on its graph.
-    scheduled = any(policy.schedule is not None for policy in settings.named.values())
-    scheduled = scheduled or has_schedules(gm, settings.policy, presets)
-    graph = copied(gm) if scheduled else gm
-    caller = tokens_of_caller()
-    decisions = rewrite_attention(
-        graph,
-        settings.policy,
-        caller=caller,
-        presets=presets,
-        named=settings.named,
-        scheduled="input",
-    )
-    if settings.strict:
-        refuse_dense(decisions, pisa)
-    density = add_density_input(graph)
-    if density is None:
-        return recorded(compile_inner(graph, example_inputs, settings), decisions)
-    inputs, dense = list(example_inputs), None
-    if any(row.schedule.has_dense_steps for row in density.rows):
-        kept = rewrite_attention(
-            gm,
-            settings.policy,
-            caller=caller,
-            presets=presets,
-            named=settings.named,
-            scheduled="dense",
-        )
-        dense = recorded(compile_inner(gm, example_inputs, settings), kept)
-    if density.table is not None:
-        inputs.append(density.table)
-    sparse = recorded(compile_inner(graph, inputs, settings), decisions)
-    return stepwise(sparse, dense, density.rows, density.width, density.device)
+    return Context(settings.policy, settings.named, presets, tokens_of_caller())
 
 
 def _check_names(settings: CompileOptions, module: nn.Module | None) -> None:
@@ -102,12 +92,32 @@ def _check_names(settings: CompileOptions, module: nn.Module | None) -> None:
         )
 
 
+def _compiled(
+    sparse: Rewritten,
+    example_inputs: Sequence[Any],
+    settings: CompileOptions,
+    note: str | None = None,
+) -> Variant:
+    compiled = compile_inner(sparse.graph, [*example_inputs, *sparse.inputs], settings)
+    return Variant(compiled, sparse.decisions, sparse.numbers, reads_caller(sparse.graph), note)
+
+
+@functools.cache
+def _tell(error: str) -> str:
+    """What a user reads of a fault of ours, in the log once."""
+    text = (
+        f"pisa_compile left a graph as it was, so its attention stays dense, after {error}. Please "
+        "report this with the model; strict=True raises it with its traceback"
+    )
+    log.warning("%s", text)
+    return text
+
+
 def compile_inner(
     gm: fx.GraphModule, example_inputs: Sequence[Any], settings: CompileOptions
 ) -> Callable[..., Any]:
     """Compile a rewritten graph with the compiler that the options name."""
     compiled: Any
-    follows = reads_caller(gm)
     if settings.inner == "eager":
         compiled = gm.forward
     elif settings.inner == "aot_eager":
@@ -123,4 +133,4 @@ def compile_inner(
         # Settings go along as patches of this call; Inductor's global configuration stays as is.
         compiled = compile_fx(gm, example_inputs, config_patches=settings.inductor)
     function: Callable[..., Any] = compiled
-    return following_caller(function) if follows else function
+    return function

@@ -1,7 +1,8 @@
-"""What a compiled graph with a schedule is called through: it gets the densities of the step.
+"""What the backend returns: compiled graphs, and what each call of them looks up.
 
-Nothing here is traced. The step is looked up when the graph is called, and becomes a tensor on the
-graph's device, which is kept: a step that comes again costs no copy and no synchronisation.
+Nothing here is traced. What changes from call to call becomes tensors, arguments of the graph after
+its own: the densities of the denoising step, and the numbers of the calls of shared regions.
+They stay on the graph's device, so that what comes again costs no copy and no synchronisation.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .passes import Scheduled
+from .caller import tokens_of_caller
+from .ops.token_order import called_with
+from .passes import Decision, DensityInput
 from .policies.schedule import Step, Values
-from .report.recording import note
+from .report.recording import Recorded, note
 from .steps.clock import current_step
 
 log = logging.getLogger("pisa_compile")
@@ -27,44 +30,68 @@ _NO_STEP = (
 )
 
 
-def stepwise(
-    sparse: Callable[..., Any],
-    dense: Callable[..., Any] | None,
-    rows: Sequence[Scheduled],
-    width: int | None,
-    device: torch.device,
-) -> Callable[..., Any]:
-    """A callable that runs the variant of the current step.
+class Variant:
+    """One compiled graph.
 
     Args:
-        sparse: the compiled graph. With a `width`, it takes a table of densities [rows, width] on
-            `device` after its other arguments.
-        dense: the same graph with dense attention in the place of its scheduled ops, for steps at
-            which all of them are dense.
-        rows: the schedules of those ops.
+        compiled: takes the graph's own arguments, then those below.
+        decisions: that were taken in it.
+        numbers: an example of the vector of numbers that it takes, if it does.
+        follows_caller: whether an order of tokens in it is that of the model that is being called.
+        note: what a report should say of it besides.
     """
 
-    @functools.lru_cache(maxsize=1024)
-    def densities(step: Step | None) -> tuple[Values, ...]:
-        return tuple(row.schedule.densities(step, row.sparsity) for row in rows)
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        decisions: Sequence[Decision],
+        numbers: Tensor | None,
+        follows_caller: bool,
+        note: str | None = None,
+    ) -> None:
+        self._compiled = Recorded(compiled, decisions, note)
+        self._numbers = () if numbers is None else (_numbers(len(numbers), numbers.device),)
+        self._follows_caller = follows_caller
 
-    @functools.lru_cache(maxsize=1024)
-    def known(step: Step | None) -> bool:
-        return all(row.schedule.knows(step) for row in rows)
+    def __call__(self, *args: Any) -> Any:
+        if not self._follows_caller:
+            return self._compiled(*args, *self._numbers)
+        with called_with(tokens_of_caller()):
+            return self._compiled(*args, *self._numbers)
 
-    def run(*args: Any) -> Any:
-        step = current_step()
-        if not known(step):
+
+class Stepwise:
+    """A graph whose ops have schedules: the variant of the current step runs.
+
+    Args:
+        sparse: with a `density.table`, it takes a table of densities after its own arguments.
+        dense: the same graph with dense attention in the place of its scheduled ops, for steps at
+            which all of them are dense.
+    """
+
+    def __init__(self, sparse: Variant, dense: Variant | None, density: DensityInput) -> None:
+        self._sparse = sparse
+        self._dense = dense
+        self._density = density
+        self._values = functools.lru_cache(maxsize=1024)(self._values_at)
+
+    def __call__(self, *args: Any) -> Any:
+        known, values = self._values(current_step())
+        if not known:
             _warn_once()
             note(_NO_STEP)
-        values = densities(step)
-        if dense is not None and all(min(row) >= 1.0 for row in values):
-            return dense(*args)
+        if self._dense is not None and all(min(row) >= 1.0 for row in values):
+            return self._dense(*args)
+        width = self._density.width
         if width is None:
-            return sparse(*args)
-        return sparse(*args, _table(values, width, device))
+            return self._sparse(*args)
+        return self._sparse(*args, _table(values, width, self._density.device))
 
-    return run
+    def _values_at(self, step: Step | None) -> tuple[bool, tuple[Values, ...]]:
+        """Whether all schedules know the step, and the densities of each."""
+        rows = self._density.rows
+        known = all(row.schedule.knows(step) for row in rows)
+        return known, tuple(row.schedule.densities(step, row.sparsity) for row in rows)
 
 
 @functools.cache
@@ -78,3 +105,9 @@ def _table(rows: tuple[Values, ...], width: int, device: torch.device) -> Tensor
     # Made under inference mode it could not be used outside of it.
     with torch.inference_mode(False):
         return torch.tensor(full, dtype=torch.float32).to(device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.int32, device=device)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import pisa_compile as pisa
+from pisa_compile import backend
 from pisa_compile.kernels.testing import relative_l2
+from pisa_compile.passes.match.spelling import GraphFacts, Spelling
 
 from .models import tiny, tokens
 
@@ -278,3 +280,46 @@ def test_torch_logs_shows_the_summary_line() -> None:
         check=True,
     )
     assert result.stderr.count("replaced 0 of 2 attention sites (2 stay dense: 256 tokens") == 1
+
+
+class Faulty(Spelling):
+    """A fault in the passes."""
+
+    def match(self, node: fx.Node, facts: GraphFacts) -> None:
+        if node.op == "call_function":
+            raise KeyError("forgotten")
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pisa_compile.passes.pipeline.SPELLINGS", (Faulty(),))
+    backend._tell.cache_clear()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_fault_of_the_passes_leaves_the_graph_as_it_was_and_says_so_once(
+    inner: str, fault: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = tiny(), tokens(100)
+    pisa.set_policy(model, {"blocks.1": pisa.Policy(sparsity=0.9)})
+    options = {"inner": inner, "sparsity": 0.5, "min_tokens": 1}
+    with torch.no_grad(), caplog.at_level("WARNING", logger="pisa_compile"):
+        for _ in range(2):
+            compiled = torch.compile(model, backend="pisa", options=options)
+            torch.testing.assert_close(compiled(x), model(x))
+            torch._dynamo.reset()
+    (record,) = caplog.records
+    assert "KeyError: 'forgotten'" in record.message
+    assert "blocks.0.attn" in record.message
+    assert "report this" in record.message
+
+
+def test_a_fault_of_the_passes_is_in_the_report(fault: None) -> None:
+    report = pisa.explain(tiny(), tokens(100))
+    assert "KeyError: 'forgotten'" in str(report)
+
+
+def test_strict_raises_a_fault_of_the_passes(fault: None) -> None:
+    compiled = torch.compile(tiny(), backend="pisa", options={"strict": True})
+    with torch.no_grad(), pytest.raises(Exception, match=r"unexpected error.*forgotten"):
+        compiled(tokens(100))

@@ -1,4 +1,4 @@
-"""A second copy of a Dynamo graph, to be rewritten in another way."""
+"""Copies of Dynamo's graphs, to be rewritten."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import torch
 from torch import fx
 
 
-def copied(gm: fx.GraphModule, done: dict[int, fx.GraphModule] | None = None) -> fx.GraphModule:
+def copied(
+    gm: fx.GraphModule, name: str, done: dict[int, fx.GraphModule] | None = None
+) -> fx.GraphModule:
     """A graph with nodes of its own, and so are the graphs inside; tensors are shared.
 
     Not `copy.deepcopy`, which would copy parameters that the graph holds, and lose what Dynamo has
     put on graph and inputs for later stages.
+
+    Args:
+        name: tells this copy from others of the same graph.
     """
     done = {} if done is None else done
     if id(gm) in done:
@@ -26,13 +31,13 @@ def copied(gm: fx.GraphModule, done: dict[int, fx.GraphModule] | None = None) ->
             new._dynamo_source = old._dynamo_source
         if new.target is torch.ops.higher_order.invoke_subgraph:
             # By the identifier later stages take the bodies of two calls for the same.
-            new.args = (new.args[0], f"{new.args[1]}_copy", *new.args[2:])
+            new.args = (new.args[0], f"{new.args[1]}_{name}", *new.args[2:])
     copy = done[id(gm)] = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     copy.shape_env = gm.shape_env
-    for name, value in vars(gm).items():
-        vars(copy).setdefault(name, value)
-    for name, child in list(copy.named_children()):
+    for attribute, value in vars(gm).items():
+        vars(copy).setdefault(attribute, value)
+    for inside, child in list(copy.named_children()):
         if isinstance(child, fx.GraphModule):
-            setattr(copy, name, copied(child, done))
+            setattr(copy, inside, copied(child, name, done))
     return copy

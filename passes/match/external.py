@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..graph.fake import example, is_tensor, sizes
 from ..sites.site import AttentionSite, NearMiss
-from .spelling import AttentionRewrite, GraphFacts
+from .spelling import GraphFacts, Spelling
 
 _WORDS = ("attention", "attn", "fmha", "flash")
 _OTHER_WORDS = ("backward", "bwd", "rotary", "rope", "norm", "mask", "cache")
@@ -34,7 +34,7 @@ def attention_kernel(target: Any) -> str | None:
     return name if any(word in words for word in _WORDS) else None
 
 
-class ExternalKernel(AttentionRewrite):
+class ExternalKernel(Spelling):
     """Never a site: the layout and the meaning of its arguments are the library's own."""
 
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:

@@ -10,13 +10,13 @@ from torch import fx
 from ..graph.fake import example, number
 from ..masks.block_mask import body_of, dense_mask
 from ..sites.site import AttentionSite, Mask, NearMiss, View
-from .spelling import AttentionRewrite, GraphFacts
+from .spelling import GraphFacts, Spelling
 
 # What torch calls a block that covers any sequence: there is no block mask then.
 _WHOLE_SEQUENCE = 1 << 30
 
 
-class FlexAttention(AttentionRewrite):
+class FlexAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
         if node.op != "call_function" or node.target is not torch.ops.higher_order.flex_attention:
             return None

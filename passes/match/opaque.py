@@ -17,11 +17,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..graph.calls import is_in_place
 from ..graph.fake import example, is_tensor
+from ..sites.site import NearMiss
+from .transforms import transform_of
 
 
 def is_opaque(node: fx.Node) -> bool:
     """Whether attention may be hidden inside the one call that `node` makes."""
     return node.op == "call_function" and node.target in _EQUIVALENTS
+
+
+def out_of_reach(node: fx.Node) -> NearMiss | None:
+    """The attention of an opaque node that cannot be traced, and why."""
+    reason = transform_of(node.all_input_nodes)
+    given = [node.args[at if len(node.args) > at else 0] for at in range(3)]
+    query, key, value = given if all(map(is_tensor, given)) else node.all_input_nodes[:1] * 3
+    return None if reason is None else NearMiss(node, query, key, value, reason)
 
 
 def expand(node: fx.Node) -> fx.GraphModule | None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ..graph.axes import Step
 from ..graph.fake import example, is_tensor, is_zero, number
 from ..sites.site import AttentionSite, Mask, NearMiss, View
-from .spelling import AttentionRewrite, GraphFacts
+from .spelling import GraphFacts, Spelling
 from .transforms import transform_of
 
 _TARGETS = (
@@ -43,7 +43,7 @@ _PARAMETERS = {
 }
 
 
-class ScaledDotProductAttention(AttentionRewrite):
+class ScaledDotProductAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
         given = _arguments(node)
         if given is None:

@@ -1,4 +1,5 @@
-"""A rewrite is one class: match a spelling of attention, check it, rewrite it."""
+"""A spelling is one class: it finds attention that is written in its way. The rest is the same for
+all, and works on neutral records."""
 
 from __future__ import annotations
 
@@ -7,19 +8,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...policies.policy import Policy
 from ..graph.writes import Writes
-from ..judge.eligibility import refusal
 from ..masks.padding import MaskAnalysis
-from ..replace.substitute import substitute
 from ..sites.site import AttentionSite, NearMiss
-from ..tokens.plan import TokenPlan, Tokens
-from .channels import channel_refusal
+from ..tokens.plan import Tokens
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the rewrites of one graph share.
+    """What is known of one graph.
 
     Attributes:
         gradients: whether any will be asked for; None if the tensors' `requires_grad` tells.
@@ -35,19 +32,20 @@ class GraphFacts:
         writes = Writes(graph)
         return cls(writes, MaskAnalysis(writes), Tokens(), gradients)
 
+    def hand_down(
+        self, source: fx.Node, reader: fx.Node, inner: GraphFacts, given: fx.Node
+    ) -> None:
+        """Tell the facts of an inner graph what is known of one of its inputs.
 
-class AttentionRewrite(ABC):
-    """One spelling of attention. `match` knows the spelling; the rest works on neutral records."""
+        Args:
+            source: the tensor that `reader`, which runs the inner graph, passes in.
+            given: the input that stands for it there.
+        """
+        self.masks.hand_down(source, reader, inner.masks, given)
+        inner.tokens.origins.hand_down(source, given)
 
+
+class Spelling(ABC):
     @abstractmethod
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
         """The attention that is anchored at `node`, or None. Changes nothing."""
-
-    def check(self, site: AttentionSite, policy: Policy, facts: GraphFacts) -> str | None:
-        """Why the site must stay dense, in words for a user, or None."""
-        channels = channel_refusal(site) if policy.enabled else None
-        return channels or refusal(site, policy, facts.masks, facts.gradients)
-
-    def rewrite(self, site: AttentionSite, plan: TokenPlan, facts: GraphFacts) -> None:
-        """Substitute piecewise sparse attention for a site that passed the check."""
-        substitute(site, plan, facts.masks, facts.tokens)

@@ -8,7 +8,6 @@ device. An attribute of the graph would not do: copies of a model share compiled
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 from ...policies.schedule import Schedule
 from ..graph.emit import emit
 from ..graph.fake import example
-from .regions import OPEN_CALLS
+from .threading import Threading, empty_like_on, nodes_of
 
 MARK = "pisa_scheduled"
 # Rows start at multiples of 16 bytes: Triton compiles again for a pointer that does not.
@@ -49,6 +48,10 @@ class DensityInput:
     device: torch.device
 
     @property
+    def has_dense_steps(self) -> bool:
+        return any(row.schedule.has_dense_steps for row in self.rows)
+
+    @property
     def width(self) -> int | None:
         """Numbers in a row of the table."""
         return None if self.table is None else self.table.shape[1]
@@ -56,7 +59,7 @@ class DensityInput:
 
 def add_density_input(gm: fx.GraphModule) -> DensityInput | None:
     """Give `gm` the input that its scheduled ops need. None if it has no such ops."""
-    ops = list(_marked(gm))
+    ops = [node for node in nodes_of(gm) if MARK in node.meta]
     if not ops:
         return None
     first = example(ops[0])
@@ -67,67 +70,30 @@ def add_density_input(gm: fx.GraphModule) -> DensityInput | None:
         return DensityInput(rows, None, first.device)
     widest = max(scheduled.schedule.heads or 1 for scheduled in rows)
     width = -(-widest // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    with first.fake_mode:
-        table = torch.empty(len(rows), width, dtype=torch.float32, device=first.device)
-    _Threading({node: row for row, node in enumerate(ops)}, table).graph(gm)
+    table = empty_like_on(ops[0], len(rows), width, dtype=torch.float32)
+    _Densities({node: row for row, node in enumerate(ops)}, table).lead(gm, table)
     return DensityInput(rows, table, first.device)
 
 
-def _marked(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            yield from (node for node in module.graph.nodes if MARK in node.meta)
-
-
-class _Threading:
-    """Leads the table from the input of the outermost graph to every op."""
+class _Densities(Threading):
+    name = "pisa_density"
 
     def __init__(self, rows: dict[fx.Node, int], table: Tensor) -> None:
-        self.rows = rows
-        self.table = table
-        self.done: set[fx.GraphModule] = set()
+        super().__init__()
+        self._rows = rows
+        self._table = table
 
-    def graph(self, gm: fx.GraphModule) -> None:
-        table = self.input(gm)
-        for node in list(gm.graph.nodes):
-            if node in self.rows:
-                self.op(node, table)
-            elif child := self.child(gm, node):
-                node.args = (*node.args, table)
-                if child not in self.done:
-                    self.done.add(child)
-                    self.graph(child)
-        gm.recompile()
+    def reads(self, node: fx.Node) -> bool:
+        return node in self._rows
 
-    def child(self, gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-        """The graph that `node` calls, if it needs the table."""
-        if node.target not in OPEN_CALLS:
-            return None
-        body = node.args[0]
-        assert isinstance(body, fx.Node)
-        child = gm.get_submodule(str(body.target))
-        assert isinstance(child, fx.GraphModule)
-        return child if child in self.done or any(True for _ in _marked(child)) else None
-
-    def input(self, gm: fx.GraphModule) -> fx.Node:
-        inputs = gm.graph.find_nodes(op="placeholder")
-        first = next(iter(gm.graph.nodes))
-        place = gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before(first)
-        with place:
-            node = gm.graph.placeholder("pisa_density")
-        node.meta["example_value"] = self.table
-        # AOTAutograd asks where in the user's frame an input comes from: from nowhere.
-        node._dynamo_source = None
-        return node
-
-    def op(self, node: fx.Node, table: fx.Node) -> None:
+    def read(self, node: fx.Node, given: fx.Node) -> None:
         scheduled, device = node.meta.pop(MARK), example(node).device
         with node.graph.inserting_before(node):
-            density = emit(table, torch.select, (table, 0, self.rows[node]), {})
+            density = emit(given, torch.select, (given, 0, self._rows[node]), {})
             if scheduled.schedule.heads is None:
-                density = emit(table, torch.select, (density, 0, 0), {})
+                density = emit(given, torch.select, (density, 0, 0), {})
             else:
-                density = emit(table, torch.narrow, (density, 0, 0, scheduled.schedule.heads), {})
-            if device != self.table.device:
-                density = emit(table, "to", (density, device), {})
+                density = emit(given, torch.narrow, (density, 0, 0, scheduled.schedule.heads), {})
+            if device != self._table.device:
+                density = emit(given, "to", (density, device), {})
         node.kwargs = {**node.kwargs, "density": density}

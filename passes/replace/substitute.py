@@ -8,30 +8,39 @@ import torch
 from torch import Tensor, fx
 
 from ... import ops as ops  # registers torch.ops.pisa
-from ...policies.policy import Policy
 from ..graph.emit import emit
 from ..graph.fake import example
-from ..masks.padding import MaskAnalysis, Padding
+from ..masks.padding import Padding
 from ..sites.site import AttentionSite
 from ..tokens.plan import TokenPlan, Tokens
 from .density_input import MARK, Scheduled
+from .numbers import mark_op
+from .stand_ins import erase_unread, give_stand_ins
 
 
-def substitute(site: AttentionSite, plan: TokenPlan, masks: MaskAnalysis, tokens: Tokens) -> None:
-    """Replace `site.node` and what only led to it; everything else in the graph is left alone."""
+def substitute(
+    site: AttentionSite, plan: TokenPlan, padding: Padding, tokens: Tokens, number: int
+) -> None:
+    """Replace `site.node` and what only led to it; everything else in the graph is left alone.
+
+    Args:
+        number: of the decision, among those of the graph.
+    """
     node = site.node
-    padding = masks.padding(site)
-    assert isinstance(padding, Padding)
+    readers = give_stand_ins(site)
     with node.graph.inserting_before(node):
-        out = _result(site, _attention(site, plan, padding, tokens))
+        out = _result(site, _attention(site, plan, padding, tokens, number))
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
     for inner in sorted(site.interior, reverse=True):
         if not inner.users:
             inner.graph.erase_node(inner)
+    erase_unread(readers)
 
 
-def _attention(site: AttentionSite, plan: TokenPlan, padding: Padding, tokens: Tokens) -> fx.Node:
+def _attention(
+    site: AttentionSite, plan: TokenPlan, padding: Padding, tokens: Tokens, number: int
+) -> fx.Node:
     node = site.node
     query = site.query.emit(node)
     for operation, factor in site.factors:
@@ -40,18 +49,23 @@ def _attention(site: AttentionSite, plan: TokenPlan, padding: Padding, tokens: T
     inputs = [query, site.key.emit(node), site.value.emit(node)]
     # Under autocast the op sees what the attention would have cast its inputs to.
     inputs = [_cast(x, site.dtype, node) for x in inputs]
-    settings = _settings(site, plan.policy)
+    settings = plan.policy.settings().as_arguments()
+    settings |= {
+        "scale": site.scale,
+        "enable_gqa": site.enable_gqa or None,
+        "impl": plan.policy.impl,
+    }
     for name, length in zip(("exact_prefix", "exact_suffix"), plan.exact, strict=True):
-        if length != 0:
-            settings[name] = tokens.length(length, node)
+        settings[name] = tokens.length(length, node) if length != 0 else None
     if plan.order is not None:
         settings["permutation"] = tokens.order(plan.order, example(inputs[0]).device, node)
     out = emit(
         node,
         torch.ops.pisa.attention.default,
         (*inputs, padding.emit_keys(node)),
-        settings,
+        {name: value for name, value in settings.items() if value is not None},
     )
+    mark_op(out, number)
     if plan.policy.varying is not None:
         out.meta[MARK] = Scheduled(plan.policy.varying, plan.policy.sparsity or 0.0)
     valid_rows = padding.emit_rows(node)
@@ -59,22 +73,6 @@ def _attention(site: AttentionSite, plan: TokenPlan, padding: Padding, tokens: T
         invalid = emit(node, torch.logical_not, (valid_rows,), {})
         out = emit(node, "masked_fill", (out, invalid, 0.0), {})
     return out
-
-
-def _settings(site: AttentionSite, policy: Policy) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "sparsity": policy.nominal_sparsity,
-        "block_size": policy.block_size,
-        "routing": policy.routing,
-        "order": policy.order,
-    }
-    optional = {
-        "key_block_size": policy.key_block_size,
-        "scale": site.scale,
-        "enable_gqa": site.enable_gqa or None,
-        "impl": policy.impl,
-    }
-    return settings | {name: value for name, value in optional.items() if value is not None}
 
 
 def _result(site: AttentionSite, out: fx.Node) -> fx.Node:

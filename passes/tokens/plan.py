@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...ops.token_order import NO_CALLER, CallerTokens
-from ...policies.policy import Policy
+from ...policies.policy import Policy, PolicyError
 from ..graph.emit import emit
 from ..sites.site import AttentionSite
 from .exchange import exchanges_joint_shares, share_of_rank
@@ -131,7 +131,7 @@ def plan_tokens(
         caller: what the call of the model says, where the graph does not show it.
 
     Raises:
-        ValueError: the policy names a grid that does not fit the tokens.
+        PolicyError: the policy names a grid that does not fit the tokens.
     """
     layout, notes = _layout(site, tokens.origins)
     if share_of_rank(site) is not None:
@@ -245,7 +245,7 @@ def _order(
         left = [hint_of(size) - hint(before) - hint(behind) for before, behind in places]
         wanted = math.prod(policy.grid)
         if wanted not in left:
-            raise ValueError(
+            raise PolicyError(
                 f"the policy's grid {policy.grid} has {wanted} cells, but the attention has "
                 f"{hint_of(size)} tokens, {hint(around[0])} of them before and {hint(around[1])} "
                 "behind the picture; set the grid by a policy on the modules that it is for"

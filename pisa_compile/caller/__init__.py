@@ -5,5 +5,5 @@ is compiled alone sees tokens only. But when a compiled graph runs, the calls of
 it are on the Python stack, with their arguments.
 """
 
-from .stack import following_caller as following_caller
+from .module import traced_module as traced_module
 from .stack import tokens_of_caller as tokens_of_caller

@@ -11,20 +11,10 @@ from typing import Any
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from ..ops.token_order import NO_CALLER, CallerTokens, called_with
+from ..ops.token_order import NO_CALLER, CallerTokens
 from .arguments import tokens_of_call
 
 _CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
-
-
-def following_caller(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, whose `live` token orders are for the model that calls it."""
-
-    def run(*args: Any) -> Any:
-        with called_with(tokens_of_caller()):
-            return compiled(*args)
-
-    return run
 
 
 def tokens_of_caller() -> CallerTokens:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.exit(2)
     from .app import app
-    from .errors import UserError
+    from .common.errors import UserError
 
     try:
         app(args=None if arguments is None else list(arguments), prog_name="pisa")

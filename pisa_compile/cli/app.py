@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from . import bench, calibrate, doctor, explain
-from .script import command as run
+from .script import command as script
 
 app = typer.Typer(
     help="Piecewise sparse attention for diffusion transformers.",
@@ -16,7 +19,27 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pisa-compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _general(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("run", context_settings={"allow_interspersed_args": False})(script.run)
 app.command("doctor")(doctor.doctor)
 app.command("explain")(explain.explain)
 app.command("calibrate")(calibrate.calibrate)

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import track
 
 from ..cost.store import device_name
-from ..kernels.dispatch import UnsupportedError
 from ..kernels.params import ORDERS, ROUTINGS, AttentionParams
 from ..kernels.testing import Inputs, random_inputs, relative_l2, specified
+from ..ops.dispatch import UnsupportedError
 from ..ops.functional import attention
-from .environment import versions
-from .errors import UserError
-from .output import print_json, table_of
+from .common.environment import versions
+from .common.errors import UserError
+from .common.output import print_json, table_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Relative L2 error that rounding alone explains, twice over, on inputs of order 1.

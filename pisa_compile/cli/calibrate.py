@@ -10,11 +10,11 @@ from rich.console import Console
 
 from ..policies.policy import POLICY_FIELDS, Policy
 from ..study.calibration import calibrate as calibration_of
-from .errors import UserError
+from .common.errors import UserError
+from .common.importing import load
+from .common.options import Model, Options, compile_options
+from .common.output import print_json
 from .explain import model_of
-from .importing import load
-from .options import Model, Options, compile_options
-from .output import print_json
 
 
 def calibrate(

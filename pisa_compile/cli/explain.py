@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from ..kernels.dispatch import UnsupportedError
+from ..ops.dispatch import UnsupportedError
 from ..report.explain import explain as report_of_call
-from .errors import UserError
-from .importing import load
-from .options import Model, Options, compile_options
-from .output import print_json, print_report, report_as_data
+from .common.errors import UserError
+from .common.importing import load
+from .common.options import Model, Options, compile_options
+from .common.output import print_json, print_report, report_as_data
 
 
 def explain(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels import dispatch
-from ..kernels.params import AttentionParams
+from ..kernels.params import Settings
+from ..ops import dispatch
 from .model import Profile, Workload, dense_terms, fit, sparse_terms
 
 # (tokens, heads, density) on a CPU. Lengths vary most, as the terms differ in their power of them.
@@ -33,7 +33,7 @@ _SECONDS = 0.02  # a round of a short call repeats it for about this long
 
 
 def measure(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> Profile:
-    """Times of the implementation that `kernels.dispatch` prefers on `device`, fitted.
+    """Times of the implementation that `ops.dispatch` prefers on `device`, fitted.
 
     May be called while a graph is traced or compiled: it runs in a thread of its own, which has
     none of the caller's modes.
@@ -63,8 +63,8 @@ def _measure(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim:
     for tokens, heads, density in _SHAPES:
         if device.type != "cpu":
             tokens *= _GPU_SCALE
-        params = AttentionParams(scale=head_dim**-0.5, sparsity=1 - density)
-        works.append(Workload(1, heads, heads, tokens, head_dim, value_dim, params))
+        settings = Settings(sparsity=1 - density)
+        works.append(Workload(1, heads, heads, tokens, head_dim, value_dim, settings))
         inputs = (
             tensor(heads, tokens, head_dim),
             tensor(heads, tokens, head_dim),
@@ -72,7 +72,7 @@ def _measure(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim:
         )
         runs: list[Callable[[], object]] = [
             partial(scaled_dot_product_attention, *inputs),
-            partial(dispatch.attention, *inputs, None, params),
+            partial(dispatch.attention, *inputs, None, settings.scaled(head_dim**-0.5)),
         ]
         times = interleaved(runs, device)
         dense.append(times[0])

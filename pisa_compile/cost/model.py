@@ -14,13 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from ..kernels.params import (
-    AttentionParams,
-    block_count,
-    exact_block_count,
-    free_key_blocks,
-    free_query_blocks,
-)
+from ..kernels.params import Settings
+from ..ops.flops import Work
 
 # Sparse attention must be predicted to take at most this part of the dense time.
 MARGIN = 0.95
@@ -40,7 +35,7 @@ class Workload:
     tokens: int
     head_dim: int
     value_dim: int
-    params: AttentionParams
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -69,16 +64,11 @@ def sparse_terms(work: Workload) -> tuple[float, ...]:
     Every query meets every block mean, in routing or in the tail; whether the block is exact only
     decides which of the two, and the difference is within what this model resolves.
     """
-    params, tokens = work.params, work.tokens
-    blocks = block_count(tokens, params.key_size)
-    first, last = free_key_blocks(tokens, params)
-    exact = blocks - (last - first) + exact_block_count(params.density, last - first)
-    first, last = free_query_blocks(tokens, params)
-    sparse_rows = max(0, min(last * params.block_size, tokens) - first * params.block_size)
-    dense_rows = tokens - sparse_rows
+    tokens, counted = work.tokens, Work.of(work.tokens, work.tokens, work.settings)
     per_pair = 2.0 * work.batch * work.heads * (work.head_dim + work.value_dim)
-    attended = dense_rows * tokens + sparse_rows * min(exact * params.key_size, tokens)
-    return 1.0, per_pair * attended, per_pair * sparse_rows * blocks, float(_elements(work))
+    attended = counted.dense_rows * tokens + counted.sparse_rows * counted.exact_keys
+    means = counted.sparse_rows * counted.blocks
+    return 1.0, per_pair * attended, per_pair * means, float(_elements(work))
 
 
 def _elements(work: Workload) -> int:
@@ -111,7 +101,7 @@ def break_even(work: Workload, profile: Profile) -> int | None:
 
     A whole number of blocks, and at least `MIN_BLOCKS` of them.
     """
-    size = work.params.block_size
+    size = work.settings.block_size
     shortest = MIN_BLOCKS * size
 
     def pays(tokens: int) -> bool:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from ..kernels import dispatch
-from ..kernels.params import AttentionParams
+from ..kernels.params import Settings
+from ..ops import dispatch
 from .measure import measure
 from .model import DENSE_TERMS, SPARSE_TERMS, Profile
 
 _SCHEMA = 1
-_log = logging.getLogger(__name__)
+log = logging.getLogger("pisa_compile")
 
 
 def profile_of(
@@ -48,8 +48,7 @@ def _profile(
         return None
     device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
     implementation = dispatch.preferred(device)
-    params = AttentionParams(scale=1.0)
-    if dispatch.refusal(implementation, device, dtype, head_dim, value_dim, params) is not None:
+    if dispatch.refusal(implementation, device, dtype, head_dim, value_dim, Settings()) is not None:
         return None
     key = {
         "schema": _SCHEMA,
@@ -65,11 +64,11 @@ def _profile(
     found = _read(path, key)
     if found is not None:
         return found
-    _log.info("timing attention on %s once, for a few seconds; kept in %s", key["device"], path)
+    log.info("timing attention on %s once, for a few seconds; kept in %s", key["device"], path)
     try:
         measured = measure(device, dtype, head_dim, value_dim)
     except (RuntimeError, ValueError) as error:
-        _log.warning("attention could not be timed, fixed lengths decide: %s", error)
+        log.warning("attention could not be timed, fixed lengths decide: %s", error)
         return None
     _write(path, key, measured)
     return measured
@@ -119,7 +118,7 @@ def _read(path: Path, key: dict[str, Any]) -> Profile | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s is not a cost profile (%s); attention is timed again", path, error)
+        log.warning("%s is not a cost profile (%s); attention is timed again", path, error)
         return None
 
 
@@ -132,4 +131,4 @@ def _write(path: Path, key: dict[str, Any], profile: Profile) -> None:
             file.write(json.dumps(content, indent=1) + "\n")
         os.replace(file.name, path)
     except OSError as error:
-        _log.warning("the cost profile could not be kept in %s: %s", path, error)
+        log.warning("the cost profile could not be kept in %s: %s", path, error)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
-from ..ops.functional import attention
-from ..policies.policy import DEFAULT, DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
+from .. import ops as ops  # registers torch.ops.pisa
+from ..ops import dispatch
+from ..passes.judge import rules
+from ..passes.judge.rules import Candidate, Operand
+from ..policies.policy import DEFAULT, Policy
 
 log = logging.getLogger("pisa_compile")
 
@@ -70,59 +72,39 @@ def sparse(call: Call, policy: Policy) -> Tensor | None:
         if not torch.compiler.is_compiling():
             _say_once(reason)
         return None
-    params = policy.params(scale=1.0)
-    return attention(
+    out: Tensor = torch.ops.pisa.attention(
         call.query,
         call.key,
         call.value,
-        sparsity=params.sparsity,
+        call.mask,
         scale=call.scale,
-        block_size=params.block_size,
-        key_block_size=params.key_block_size,
-        routing=params.routing,
-        order=params.order,
-        attn_mask=call.mask,
-        exact=params.exact,
         enable_gqa=call.query.shape[1] != call.key.shape[1],
         impl=policy.impl,
+        **policy.settings().as_arguments(),
     )
+    return out
 
 
 def refusal(call: Call, policy: Policy) -> str | None:
-    """Why the call stays dense under a resolved policy, or None."""
-    query, key = call.query, call.key
-    tensors = (query, key, call.value)
-    if not policy.enabled:
-        return "the policy is DENSE"
-    if call.is_causal:
-        return "it is causal; only bidirectional attention is approximated"
-    if call.dropout:
-        return "dropout is active; call model.eval() first"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "gradients are needed; run under torch.no_grad() or torch.inference_mode()"
-    if query.shape[2] != key.shape[2]:
-        return "it is cross-attention; only self- and joint attention is approximated"
-    if query.shape[0] != key.shape[0] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        return "its key broadcasts against its query"
-    if call.mask is not None and (reason := _mask_refusal(call.mask, query, key)):
-        return reason
-    minimum = policy.min_tokens
-    if minimum is None:
-        minimum = DEFAULT_MIN_TOKENS.get(query.device.type, DEFAULT_MIN_TOKENS_GPU)
-    if query.shape[2] < minimum:
-        return f"{query.shape[2]} tokens is too short to gain; min_tokens is {minimum}"
-    name = policy.impl or dispatch.preferred(query.device)
-    reason = dispatch.refusal(
-        name,
-        query.device,
-        query.dtype,
-        query.shape[3],
-        call.value.shape[3],
-        policy.params(scale=1.0),
+    """Why the call stays dense under a resolved policy, or None.
+
+    Raises:
+        UnsupportedError: the policy names an implementation that cannot run the call.
+    """
+    tensors = call.query, call.key, call.value
+    query, key, value = map(Operand.of, tensors)
+    candidate = Candidate(
+        query=query,
+        key=key,
+        value=value,
+        dtype=query.dtype,
+        enable_gqa=query.shape[1] != key.shape[1],
+        is_causal=call.is_causal,
+        dropout=bool(call.dropout),
+        gradients=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        mask=None if call.mask is None else _mask_refusal(call.mask, call.query, call.key),
     )
-    if reason is not None and policy.impl is None:
-        return f"the {name!r} implementation cannot run it: {reason}"
-    return None  # an implementation that was asked for by name raises by itself
+    return rules.refusal(candidate, policy)
 
 
 def _mask_refusal(mask: Tensor, query: Tensor, key: Tensor) -> str | None:

@@ -6,6 +6,7 @@ log-sum-exps; here is the attention in between.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 from torch import Tensor
 
-from ..kernels.dispatch import UnsupportedError
-from ..ops.functional import attention
+from .. import ops as ops  # registers torch.ops.pisa
+from ..ops.dispatch import UnsupportedError
 from ..policies.policy import DEFAULT, Policy
 from .call import Call, refusal
 
@@ -82,22 +83,12 @@ def _part(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if attn_mask is not None and attn_mask.dim() == 2:
         attn_mask = attn_mask[:, None, None, :]
-    params = policy.params(scale=1.0)
+    settings = policy.settings()
     # Where it would not pay the op computes densely: the log-sum-exp is needed all the same.
-    dense = refusal(Call(query, key, value, attn_mask, scale), policy) is not None
-    out, lse = attention(
-        query,
-        key,
-        value,
-        sparsity=0.0 if dense else params.sparsity,
-        scale=scale,
-        block_size=params.block_size,
-        key_block_size=params.key_block_size,
-        routing=params.routing,
-        order=params.order,
-        attn_mask=attn_mask,
-        return_lse=True,
-        impl=policy.impl,
+    if refusal(Call(query, key, value, attn_mask, scale), policy) is not None:
+        settings = dataclasses.replace(settings, sparsity=0.0)
+    out, lse = torch.ops.pisa.attention_with_lse(
+        query, key, value, attn_mask, scale=scale, impl=policy.impl, **settings.as_arguments()
     )
     out = out.transpose(1, 2)
     return (out, lse.transpose(1, 2)) if return_lse else out

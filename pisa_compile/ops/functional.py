@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..kernels.params import DEFAULT_BLOCK_SIZE, DEFAULT_ORDER, DEFAULT_ROUTING
+from ..kernels.params import DEFAULT_BLOCK_SIZE, DEFAULT_ORDER, DEFAULT_ROUTING, Settings
 from . import validation
 
 
@@ -123,32 +123,27 @@ def attention(
         # As `F.scaled_dot_product_attention` does under autocast.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    validation.check_tensors(query, key, value, attn_mask, enable_gqa)
-    validation.check_scale(scale)
-    validation.check_sparsity(sparsity)
-    validation.check_block_size(block_size)
-    validation.check_key_block_size(key_block_size)
-    validation.check_routing(routing)
-    validation.check_order(order)
-    validation.check_exact(exact)
-    validation.check_density(density, query)
-    validation.check_permutation(permutation, query, key)
-    validation.check_impl(impl)
-    settings = {
-        "scale": scale,
-        "sparsity": sparsity,
-        "block_size": block_size,
-        "key_block_size": key_block_size,
-        "routing": routing,
-        "order": order,
-        "exact_prefix": exact[0],
-        "exact_suffix": exact[1],
-        "enable_gqa": enable_gqa,
-        "impl": impl,
-    }
+    validation.check_exact(exact)  # two arguments of the op
+    settings = Settings(
+        sparsity=sparsity,
+        block_size=block_size,
+        key_block_size=key_block_size,
+        routing=routing,
+        order=order,
+        exact=exact,
+    )
+    op: Any = torch.ops.pisa.attention_with_lse if return_lse else torch.ops.pisa.attention
     tensors = query, key, value, attn_mask, density, permutation
-    if return_lse:
-        out, lse = torch.ops.pisa.attention_with_lse(*tensors, **settings)
-        return out, lse
-    result: Tensor = torch.ops.pisa.attention(*tensors, **settings)
+    arguments = {"scale": scale, "enable_gqa": enable_gqa, "impl": impl, **settings.as_arguments()}
+    if torch.compiler.is_compiling():
+        result: Tensor | tuple[Tensor, Tensor] = op(*tensors, **arguments)
+        return result
+    try:
+        result = op(*tensors, **arguments)
+    except RuntimeError:
+        # What the schema refuses does not reach the op's own check, which has the better words.
+        validation.check_call(
+            *tensors, scale=scale, enable_gqa=enable_gqa, settings=vars(settings) | {"impl": impl}
+        )
+        raise
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -41,12 +41,20 @@ class Call:
     out: Tensor
 
 
+@dataclass(frozen=True)
+class Running:
+    """A compiled graph that runs: its decisions, and the numbers of those whose op was called."""
+
+    decisions: Sequence[Any]
+    numbers: list[int] = field(default_factory=list)
+
+
 Observer = Callable[[Call], None]
 DensityOf = Callable[[Any, AttentionParams], Tensor | None]
 """From a site and its settings to the density that a call of it gets, None to leave it alone."""
 _densities: ContextVar[DensityOf | None] = ContextVar("pisa_compile_densities", default=None)
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("pisa_compile_observers", default=())
-_sites: ContextVar[Iterator[Any] | None] = ContextVar("pisa_compile_sites", default=None)
+_running: ContextVar[Running | None] = ContextVar("pisa_compile_running", default=None)
 
 
 @contextmanager
@@ -69,24 +77,39 @@ def densities_from(density_of: DensityOf) -> Iterator[None]:
         _densities.reset(token)
 
 
-def active() -> bool:
+def observers_wait() -> bool:
+    """Whether anybody wants to see or to change the calls of this thread."""
     return bool(_observers.get()) or _densities.get() is not None
 
 
+def active() -> bool:
+    """Whether a call of the op has to be told."""
+    return observers_wait() or _running.get() is not None
+
+
 @contextmanager
-def inside_graph(sites: Sequence[Any]) -> Iterator[None]:
-    """While a compiled graph runs: the sites whose ops it calls, in the order of the graph."""
-    token = _sites.set(iter(sites))
+def inside_graph(decisions: Sequence[Any]) -> Iterator[Running]:
+    """While a compiled graph runs that the decisions were taken in."""
+    running = Running(decisions)
+    token = _running.set(running)
     try:
-        yield
+        yield running
     finally:
-        _sites.reset(token)
+        _running.reset(token)
 
 
-def next_site() -> Any:
-    """The site of the op that is called now; to be asked once per call."""
-    sites = _sites.get()
-    return None if sites is None else next(sites, None)
+def called(site: int | None, calls: Tensor | None) -> Any:
+    """The decision that put the op there that is called now, None outside of compiled graphs.
+
+    Args:
+        site, calls: as the op was told. A vector `calls` is read on the host.
+    """
+    running = _running.get()
+    if running is None or site is None:
+        return None
+    number = site if calls is None else int(calls[site])
+    running.numbers.append(number)
+    return running.decisions[number]
 
 
 def density_for(site: Any, params: AttentionParams, density: Tensor | None) -> Tensor | None:

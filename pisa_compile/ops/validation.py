@@ -1,16 +1,21 @@
-"""Argument checks shared by policies, the functional interface and the op."""
+"""What arguments must be: of policies and schedules field by field, of a call of the op as a whole.
+
+The op and its fake implementation call `check_call`, so a call is checked once, whatever made it:
+`pisa.attention`, a compiled graph, an exported program. Sizes may be symbolic there: a comparison
+of those counts only where it holds for all values, and installs no guard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.curves import CURVES
-from ..kernels.dispatch import IMPLEMENTATIONS
 from ..kernels.params import BLOCK_SIZES, ORDERS, ROUTINGS
+from .dispatch import IMPLEMENTATIONS
 
 
 def check_sparsity(sparsity: Any) -> None:
@@ -55,7 +60,7 @@ def check_exact(exact: Any) -> None:
     for count in exact:
         if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
             raise TypeError(f"{expected}, got {_describe(exact)}")
-        if count < 0:
+        if _surely(count < 0):
             raise ValueError(f"{expected}, got {tuple(exact)!r}")
 
 
@@ -103,7 +108,49 @@ def check_scale(scale: Any) -> None:
         raise TypeError(f"scale must be a number or None, got {_describe(scale)}")
 
 
-def check_density(density: Any, query: Tensor) -> None:
+SETTINGS: dict[str, Callable[[Any], None]] = {
+    "sparsity": check_sparsity,
+    "block_size": check_block_size,
+    "key_block_size": check_key_block_size,
+    "routing": check_routing,
+    "order": check_order,
+    "exact": check_exact,
+    "impl": check_impl,
+}
+"""The check of every setting that policies and calls share, by its name."""
+
+
+def check_call(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    density: Any,
+    permutation: Any,
+    *,
+    scale: Any,
+    enable_gqa: bool,
+    settings: Mapping[str, Any],
+) -> None:
+    """Everything that can be said of a call without reading the values of its tensors.
+
+    Args:
+        settings: by the names of `SETTINGS`.
+
+    Raises:
+        TypeError, ValueError: the text says what was expected and what came.
+    """
+    _check_tensors(query, key, value, enable_gqa)
+    check_scale(scale)
+    for name, setting in settings.items():
+        SETTINGS[name](setting)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key)
+    _check_density(density, query)
+    _check_permutation(permutation, query, key)
+
+
+def _check_density(density: Any, query: Tensor) -> None:
     if density is None:
         return
     heads = query.shape[1]
@@ -115,32 +162,32 @@ def check_density(density: Any, query: Tensor) -> None:
         raise TypeError(f"{expected}, got {_describe(density)}")
     if density.dtype != torch.float32 or density.device != query.device:
         raise TypeError(f"{expected}, got {density.dtype} on {density.device}")
-    if density.dim() > 1 or (density.dim() == 1 and density.shape[0] != heads):
+    if density.dim() > 1 or (density.dim() == 1 and _surely(density.shape[0] != heads)):
         raise ValueError(f"{expected}, got shape {tuple(density.shape)}")
 
 
-def check_permutation(permutation: Any, query: Tensor, key: Tensor) -> None:
+def _check_permutation(permutation: Any, query: Tensor, key: Tensor) -> None:
     if permutation is None:
         return
+    tokens = query.shape[2]
     expected = (
-        f"permutation must be an int32 or int64 tensor [T] = [{query.shape[2]}] on {query.device} "
+        f"permutation must be an int32 or int64 tensor [T] = [{tokens}] on {query.device} "
         "that lists every token once"
     )
     if not isinstance(permutation, Tensor):
         raise TypeError(f"{expected}, got {_describe(permutation)}")
-    if query.shape[2] != key.shape[2]:
+    if _surely(tokens != key.shape[2]):
         raise ValueError(
             "permutation needs self-attention, one order for queries and keys, got "
-            f"{query.shape[2]} query and {key.shape[2]} key tokens"
+            f"{tokens} query and {key.shape[2]} key tokens"
         )
     if permutation.dtype not in (torch.int32, torch.int64) or permutation.device != query.device:
         raise TypeError(f"{expected}, got {permutation.dtype} on {permutation.device}")
-    if tuple(permutation.shape) != (query.shape[2],):
+    if permutation.dim() != 1 or _surely(permutation.shape[0] != tokens):
         raise ValueError(f"{expected}, got shape {tuple(permutation.shape)}")
 
 
-def check_tensors(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool) -> None:
-    """Ranks, dtypes, devices and sizes of one call's tensors."""
+def _check_tensors(query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -159,26 +206,31 @@ def check_tensors(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: 
                 f"query, key and value must have one {what}, got "
                 + ", ".join(f"{name} {x}" for name, x in found.items())
             )
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"query, key and value must have one batch size, got {shapes}")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must have one head_dim, got {shapes}")
-    if key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
-        raise ValueError(f"key and value must have one head count and length, got {shapes}")
-    if key.shape[2] == 0:
-        raise ValueError(f"key must have at least one token, got {shapes}")
-    if enable_gqa and (key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0):
-        raise ValueError(
-            f"with enable_gqa=True the query's head count must be a multiple of the key's, "
-            f"got {shapes}"
-        )
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"query and key must have one head count unless enable_gqa=True, got {shapes}"
-        )
-    if attn_mask is not None:
-        _check_mask(attn_mask, query, key)
+
+    def require(condition: str, *differences: Any) -> None:
+        if any(map(_surely, differences)):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
+            raise ValueError(f"{condition}, got {shapes}")
+
+    (batch, heads, _, width), (batches, groups, tokens, keys_width) = query.shape, key.shape
+    require(
+        "query, key and value must have one batch size",
+        batch != batches,
+        batches != value.shape[0],
+    )
+    require("query and key must have one head_dim", width != keys_width)
+    require(
+        "key and value must have one head count and length",
+        groups != value.shape[1],
+        tokens != value.shape[2],
+    )
+    require("key must have at least one token", tokens == 0)
+    if not enable_gqa:
+        require("query and key must have one head count unless enable_gqa=True", heads != groups)
+        return
+    multiple = "with enable_gqa=True the query's head count must be a multiple of the key's"
+    require(multiple, groups == 0)
+    require(multiple, heads % groups != 0)
 
 
 def _check_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
@@ -193,14 +245,21 @@ def _check_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
     if attn_mask.device != query.device:
         raise TypeError(f"{expected}, got a mask on {attn_mask.device}, query on {query.device}")
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if (
-        len(shape) != 4
-        or shape[0] not in (1, query.shape[0])
-        or shape[1] != 1
-        or shape[2] != 1
-        or shape[3] not in (1, key.shape[2])
+    wanted = (query.shape[0], 1, 1, key.shape[2])
+    if len(shape) != 4 or any(
+        _surely(given != 1) and _surely(given != size)
+        for given, size in zip(shape, wanted, strict=True)
     ):
         raise ValueError(f"{expected}, got shape {tuple(attn_mask.shape)}")
+
+
+def _surely(condition: Any) -> bool:
+    """Whether a comparison of sizes holds, whatever values its symbols have."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

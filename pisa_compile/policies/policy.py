@@ -1,4 +1,4 @@
-"""Policies: how sparse a site may be, and how they are attached to modules.
+"""Policies: how sparse a site may be, and which policy holds for one.
 
 Precedence for a site, field by field: policies on instances (innermost module first), then on
 classes and functions (innermost first), then the options of the compile call, then the defaults.
@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..kernels.dispatch import UnsupportedError
-from ..kernels.params import DEFAULT_BLOCK_SIZE, DEFAULT_ORDER, DEFAULT_ROUTING, AttentionParams
+from ..kernels.params import DEFAULT_BLOCK_SIZE, DEFAULT_ORDER, DEFAULT_ROUTING, SETTINGS, Settings
 from ..ops import validation
+from ..ops.dispatch import UnsupportedError
 from .annotation import Annotation
 from .schedule import Schedule, Step
 
@@ -23,6 +23,10 @@ _Target = TypeVar("_Target")
 _KEY = "_pisa_policy"
 _OUTER_FORWARD = "_pisa_outer_forward"
 _FORWARD_CLASS = "_pisa_forward_class"
+
+
+class PolicyError(ValueError):
+    """A policy does not fit the attention that it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,25 +139,19 @@ class Policy:
             )
         return dataclasses.replace(self, sparsity=self.steady_sparsity, schedule=None)
 
-    def params(self, scale: float) -> AttentionParams:
-        """The settings of a call. Only a resolved policy, with no field open, has them."""
-        if (
-            self.sparsity is None
-            or self.block_size is None
-            or self.routing is None
-            or self.order is None
-            or self.exact is None
-        ):
+    def settings(self) -> Settings:
+        """What the kernels are told. Only a resolved policy, with no field open, can say.
+
+        Raises:
+            ValueError: a field that has no other meaning when it is None is open.
+        """
+        given = {name: getattr(self, name) for name in SETTINGS}
+        if any(given[name] is None for name in given.keys() - {"key_block_size"}):
             raise ValueError(f"the policy leaves fields open: {self!r}")
-        return AttentionParams(
-            scale=scale,
-            sparsity=self.nominal_sparsity,
-            block_size=self.block_size,
-            key_block_size=self.key_block_size,
-            routing=self.routing,
-            order=self.order,
-            exact=(0, 0) if isinstance(self.exact, str) else self.exact,
-        )
+        given["sparsity"] = self.nominal_sparsity
+        if isinstance(self.exact, str):
+            given["exact"] = (0, 0)
+        return Settings(**given)
 
     def __str__(self) -> str:
         if not self.enabled:
@@ -172,16 +170,11 @@ class Policy:
 
 
 _FIELD_CHECKS: dict[str, Callable[[Any], None]] = {
-    "sparsity": validation.check_sparsity,
-    "block_size": validation.check_block_size,
-    "key_block_size": validation.check_key_block_size,
-    "routing": validation.check_routing,
-    "order": validation.check_order,
+    **validation.SETTINGS,
     "exact": validation.check_policy_exact,
     "grid": validation.check_grid,
     "curve": validation.check_curve,
     "min_tokens": functools.partial(validation.check_count, "min_tokens"),
-    "impl": validation.check_impl,
 }
 
 DENSE = Policy(enabled=False)

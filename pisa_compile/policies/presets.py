@@ -124,11 +124,6 @@ class Presets:
                 )
         return policy, None
 
-    def may_schedule(self, classes: set[tuple[str, ...]]) -> bool:
-        """Whether a preset for modules of these classes depends on the denoising step."""
-        found = (self._preset(Place(((names, ""),))) for names in (*classes, ()))
-        return any(preset is not None and preset.policy.schedule is not None for preset in found)
-
     def _preset(self, place: Place) -> Preset | None:
         if self.name is None:
             return None

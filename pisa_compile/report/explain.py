@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..kernels.params import DEFAULT_BLOCK_SIZE
-from ..ops.register import attention_flops, dense_flops
+from ..ops.flops import attention_flops, dense_flops
 from ..passes import Decision
 from ..policies.policy import Policy
 from ..steps.clock import current_step
@@ -184,13 +184,15 @@ def report_of(counted: Tally) -> Report:
 
     `graphs` counts those that ran, and `calls` their runs.
     """
-    ran = [pair for pair in zip(counted.graphs, counted.calls, strict=True) if pair[1]]
     sites: list[Site] = []
-    for graph, calls in ran:
-        times = Counter(map(id, graph))  # a part of a graph may run several times within it
-        unique = {id(decision): decision for decision in graph}
-        sites += [_site(x, calls * times[key], ModuleNames()) for key, x in unique.items()]
-    return Report(sites=tuple(sites), graphs=len(ran))
+    for graph in counted.graphs:
+        # A part of a graph may run several times within it.
+        calls: Counter[int] = Counter()
+        for decision, count in graph.counted():
+            calls[id(decision)] += count
+        unique = {id(decision): decision for decision in graph.decisions}
+        sites += [_site(x, calls[key], ModuleNames()) for key, x in unique.items() if calls[key]]
+    return Report(sites=tuple(sites), graphs=sum(graph.runs > 0 for graph in counted.graphs))
 
 
 def sites_of(decisions: list[Decision], names: ModuleNames) -> tuple[Site, ...]:
@@ -210,8 +212,8 @@ def _site(decision: Decision, calls: int, names: ModuleNames) -> Site:
     dense = flops = calls * dense_flops(query, key, value)
     if decision.replaced:
         sparsity = decision.policy.sparsity_at(current_step())
-        params = replace(decision.policy.params(scale=1.0), sparsity=sparsity)
-        flops = calls * attention_flops(query, key, value, params)
+        settings = replace(decision.policy.settings(), sparsity=sparsity)
+        flops = calls * attention_flops(query, key, value, settings)
     return Site(
         module=names.of(decision),
         replaced=decision.replaced,

@@ -6,7 +6,8 @@ blocks share once. So the callable that the backend returns tells, when it is ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class Recording:
     inside: bool = False
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, runs: GraphRuns) -> None:
+        self.graphs += runs.runs
+        for decision, count in runs.counted():
+            self.decisions += [decision] * count
 
 
 _active: ContextVar[Recording | None] = ContextVar("pisa_compile_recording", default=None)
@@ -52,11 +58,35 @@ def note(text: str) -> None:
 
 
 @dataclass
-class Tally:
-    """Every graph that was compiled while it was active, and how often it ran, in any thread."""
+class GraphRuns:
+    """How often a compiled graph ran, and the calls of its ops by the number of their decision."""
 
-    graphs: list[list[Decision]] = field(default_factory=list)
-    calls: list[int] = field(default_factory=list)
+    decisions: Sequence[Decision]
+    runs: int = 0
+    calls: Counter[int] = field(default_factory=Counter)
+
+    def counted(self) -> list[tuple[Decision, int]]:
+        """Every decision with how often the attention ran.
+
+        Ops that run whenever their graph does are not counted one by one: a CUDA graph replays them
+        without a word. In control flow only the calls tell; of attention that stays dense there
+        nobody knows, and it counts as run.
+        """
+        return [
+            (decision, self.calls[number] if counts_by_call(decision) else self.runs)
+            for number, decision in enumerate(self.decisions)
+        ]
+
+
+def counts_by_call(decision: Decision) -> bool:
+    return decision.replaced and decision.conditional
+
+
+@dataclass
+class Tally:
+    """Every graph that was compiled while it was active, in any thread."""
+
+    graphs: list[GraphRuns] = field(default_factory=list)
 
 
 _tallies: list[Tally] = []
@@ -73,41 +103,38 @@ def tally() -> Iterator[Tally]:
         _tallies.remove(counted)
 
 
-def _tallied(
-    compiled: Callable[..., Any], decisions: list[Decision], counted: Tally
-) -> Callable[..., Any]:
-    place = len(counted.graphs)
-    counted.graphs.append(decisions)
-    counted.calls.append(0)
+class Recorded:
+    """A compiled graph that tells whoever listens what it contains when it is called."""
 
-    def run(*args: Any) -> Any:
-        counted.calls[place] += 1
-        return compiled(*args)
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        decisions: Sequence[Decision],
+        note: str | None = None,
+    ) -> None:
+        self._compiled = compiled
+        self._decisions = decisions
+        self._note = note
+        self._tallied = [GraphRuns(decisions) for _ in _tallies]
+        for counted, runs in zip(_tallies, self._tallied, strict=True):
+            counted.graphs.append(runs)
 
-    return run
-
-
-def recorded(compiled: Callable[..., Any], decisions: list[Decision]) -> Callable[..., Any]:
-    """`compiled`, which also tells an active recording what it contains."""
-    for counted in _tallies:
-        compiled = _tallied(compiled, decisions, counted)
-
-    def observed(*args: Any) -> Any:
-        if not observation.active():
-            return compiled(*args)
-        with observation.inside_graph([d for d in decisions if d.replaced]):
-            return compiled(*args)
-
-    def run(*args: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         active = _active.get()
-        if active is None:
-            return observed(*args)
-        active.graphs += 1
-        active.decisions += decisions
-        active.inside = True
-        try:
-            return observed(*args)
-        finally:
-            active.inside = False
-
-    return run
+        if active is None and not self._tallied and not observation.observers_wait():
+            return self._compiled(*args)
+        with observation.inside_graph(self._decisions) as running:
+            if active is not None:
+                active.inside = True
+                if self._note is not None:
+                    note(self._note)
+            try:
+                return self._compiled(*args)
+            finally:
+                own = GraphRuns(self._decisions, 1, Counter(running.numbers))
+                for runs in self._tallied:
+                    runs.runs += 1
+                    runs.calls += own.calls
+                if active is not None:
+                    active.inside = False
+                    active.add(own)

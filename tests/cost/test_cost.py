@@ -16,16 +16,16 @@ import torch
 import pisa_compile as pisa
 from pisa_compile.cost import Profile, Workload, break_even, store
 from pisa_compile.cost.model import dense_terms, fit, sparse_terms
-from pisa_compile.kernels.params import AttentionParams
-from pisa_compile.ops.register import attention_flops, dense_flops
+from pisa_compile.kernels.params import Settings
+from pisa_compile.ops.flops import attention_flops, dense_flops
 
 from ..models import Attention
 
 RATES = Profile(dense=(0.0, 1e-11, 0.0), sparse=(1e-3, 2e-11, 2e-11, 0.0))
 
 
-def work(tokens: int = 4096, **params: Any) -> Workload:
-    return Workload(1, 8, 8, tokens, 64, 64, AttentionParams(scale=0.125, **params))
+def work(tokens: int = 4096, **settings: Any) -> Workload:
+    return Workload(1, 8, 8, tokens, 64, 64, Settings(**settings))
 
 
 def test_terms_are_those_of_the_flop_formula() -> None:
@@ -33,7 +33,7 @@ def test_terms_are_those_of_the_flop_formula() -> None:
     shape = (1, 8, 1000, 64)
     assert dense_terms(given)[1] == dense_flops(shape, shape, shape)
     _, exact, means, _ = sparse_terms(given)
-    expected = attention_flops(shape, shape, shape, given.params)
+    expected = attention_flops(shape, shape, shape, given.settings)
     assert exact < expected <= exact + means
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pisa_compile as pisa
 from pisa_compile.kernels.params import ORDERS, AttentionParams
 from pisa_compile.kernels.testing import random_inputs
-from pisa_compile.ops.register import attention_flops, dense_flops
+from pisa_compile.ops.flops import attention_flops, dense_flops
 
 OPS = [torch.ops.pisa.attention.default, torch.ops.pisa.attention_with_lse.default]
 

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import pisa_compile as pisa
 from pisa_compile.policies.annotation import Annotation
 from pisa_compile.policies.policy import DEFAULT, resolve
+from pisa_compile.report.recording import recording
 
 from ..models import Attention, Block, tiny, tokens
 
@@ -116,7 +117,7 @@ def test_decorator_on_an_instance_and_on_a_function() -> None:
         return model.blocks[1](x)
 
     compiled = torch.compile(lambda x: last(model.blocks[0](x)), backend="pisa", options=OPTIONS)
-    with torch.no_grad(), pisa.report.recording() as active:
+    with torch.no_grad(), recording() as active:
         compiled(tokens())
     assert [decision.policy.sparsity for decision in active.decisions] == [0.7, 0.2]
 

@@ -193,8 +193,8 @@ def test_a_saved_calibration_acts_like_an_applied_one(tmp_path: Path) -> None:
 
 def test_a_site_that_a_cache_skips_keeps_its_schedule_in_step() -> None:
     """Steps 1 and 3 of five ran: the others take the choice of the last that ran, or the first."""
-    params = pisa.Policy().over(DEFAULT).params(1.0)
-    work = Workload(1, 1, 1, 640, 16, 16, params)
+    settings = pisa.Policy().over(DEFAULT).settings()
+    work = Workload(1, 1, 1, 640, 16, 16, settings)
     site = SiteErrors(work, torch.float32, torch.device("cpu"))
     for step in (1, 3):
         site.error[step] = torch.ones(2, 1, dtype=torch.float64)
@@ -295,7 +295,7 @@ CLI_MODULE = """
 import torch
 import pisa_compile as pisa
 from tests import models
-from tests.test_calibration import generate, uneven
+from tests.study.test_calibration import generate, uneven
 seeds = [1, 2, 3]
 """
 

@@ -67,7 +67,7 @@ def test_the_error_of_a_site_is_that_of_the_specification() -> None:
     generator = torch.Generator().manual_seed(0)
     seen.append(tuple(torch.randn(2, 2, 100, 8, generator=generator) for _ in range(3)))
     result = pisa.compare(Only(), seen, policies=[POLICIES["half"]]).results[0]
-    settings = POLICIES["half"].over(result.sites[0].policy).params(scale=0.5)
+    settings = POLICIES["half"].over(result.sites[0].policy).settings().scaled(0.5)
     out, _ = reference.attention(*(x.double() for x in seen[0]), None, settings)
     dense = scaled_dot_product_attention(*(x.double() for x in seen[0]), scale=0.5)
     errors = (out - dense).square().sum((0, 2, 3)).sqrt() / dense.square().sum((0, 2, 3)).sqrt()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from ...graph.shape_readers import reads_shape, stand_in_sizes
 from ...graph.writes import Writes
 from .chain import Chain, MismatchError
-from .shape_readers import reads_shape, stand_in_sizes
 
 
 def closed_interior(

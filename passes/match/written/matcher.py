@@ -18,15 +18,13 @@ from ...graph.fake import example, number
 from ...graph.product import Product, product_of
 from ...graph.writes import UnknownValueError
 from ...sites.site import AttentionSite, NearMiss
-from ...tokens.plan import TokenPlan
-from ..spelling import AttentionRewrite, GraphFacts
+from ..spelling import GraphFacts, Spelling
 from ..transforms import transform_of
 from .chain import Chain, MismatchError, MixedHeadsError, NoAttentionError, Term, aligned
 from .interior import check_unchanged, closed_interior
 from .layout import Layout, RolesError, atoms, roles_of
 from .path import Link, back_to_products, forward_to_products
 from .scores import check_order, follow_scores
-from .shape_readers import give_stand_ins
 from .softmax import Softmax, softmax_of
 from .weights import follow_weights
 
@@ -35,7 +33,7 @@ _TELLING = (MismatchError, MixedHeadsError, RolesError)
 _Way = tuple[list[Link], list[Link]]
 
 
-class HandWrittenAttention(AttentionRewrite):
+class HandWrittenAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
         softmax = softmax_of(node)
         if softmax is None:
@@ -50,10 +48,6 @@ class HandWrittenAttention(AttentionRewrite):
             if missed and min(missed, key=_rank)[0] == 0:
                 break
         return min(missed, key=_rank)[1] if missed else None
-
-    def rewrite(self, site: AttentionSite, plan: TokenPlan, facts: GraphFacts) -> None:
-        give_stand_ins(site.interior, (site.query.node, site.key.node), site.node)
-        super().rewrite(site, plan, facts)
 
 
 def _rank(missed: tuple[int, NearMiss]) -> int:

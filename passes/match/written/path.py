@@ -17,8 +17,8 @@ from ...graph.axes import SAME
 from ...graph.calls import Call, call_of, written_by
 from ...graph.fake import example, is_tensor, sizes
 from ...graph.product import product_of
+from ...graph.shape_readers import reads_shape
 from ...graph.writes import UnknownValueError, Writes
-from .shape_readers import reads_shape
 
 # Long enough for scores that are scaled, masked, cast and viewed several times each.
 _LENGTH = 16

@@ -22,9 +22,9 @@ from rich.console import Console
 from ...backend import pisa
 from ...report.explain import report_of
 from ...report.recording import tally
-from ..errors import UserError
-from ..options import Options, compile_options
-from ..output import print_report, report_as_data
+from ..common.errors import UserError
+from ..common.options import Options, compile_options
+from ..common.output import print_report, report_as_data
 from .pipelines import followed_steps
 
 _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended

@@ -21,7 +21,7 @@ from torch import nn
 from ...policies.attach import policy
 from ...policies.policy import DENSE
 from ...policies.presets import Place, Presets, class_names
-from ..errors import UserError
+from ..common.errors import UserError
 from .after_import import after_import
 
 log = logging.getLogger("pisa_compile")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cost import Workload
-from ...kernels import dispatch
+from ...ops import dispatch
 from ...ops.observation import Call, observed
 from ...policies.policy import Policy
 from ...report.names import ModuleNames
@@ -80,7 +80,7 @@ def _add(table: ErrorTable, name: str, step: int, call: Call, base: Policy) -> N
     batch, heads, tokens, head_dim = call.query.shape
     site = table.sites.get(name)
     if site is None:
-        settings = replace(base.params(call.params.scale), exact=call.params.exact)
+        settings = replace(base.settings(), exact=call.params.exact)
         work = Workload(
             batch, heads, call.key.shape[1], tokens, head_dim, call.value.shape[3], settings
         )
@@ -93,7 +93,8 @@ def _add(table: ErrorTable, name: str, step: int, call: Call, base: Policy) -> N
     dense = call.out.to(torch.float32)
     site.signal[step] += _energy(dense)
     for index, density in enumerate(table.densities):
-        params = replace(site.work.params, scale=call.params.scale, sparsity=1.0 - density)
+        settings = replace(site.work.settings, sparsity=1.0 - density)
+        params = settings.scaled(call.params.scale)
         out, _ = dispatch.attention(
             call.query, call.key, call.value, call.key_mask, params, permutation=call.permutation
         )

@@ -202,7 +202,7 @@ def _site_policy(entries: list[float | list[float]], base: Policy) -> Policy:
 def _seconds(site: SiteErrors, densities: Sequence[float]) -> Tensor:
     """Predicted time of one call at each density. [densities]"""
     works = [
-        replace(site.work, params=replace(site.work.params, sparsity=1.0 - density))
+        replace(site.work, settings=replace(site.work.settings, sparsity=1.0 - density))
         for density in densities
     ]
     profile = _profile(site)

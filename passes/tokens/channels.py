@@ -18,7 +18,7 @@ from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_tensor
 from ..graph.product import product_of
 from ..sites.site import AttentionSite, View
-from ..tokens.steps import indexed, same_axis
+from .steps import indexed, same_axis
 
 Kind = Literal["token", "channel"]
 
@@ -26,15 +26,10 @@ _SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 _MOST = 64  # projections stand near their attention
 
 
-def channel_refusal(site: AttentionSite) -> str | None:
-    """Why a site stays dense in which channels attend channels, or None."""
+def attends_channels(site: AttentionSite) -> bool:
+    """Whether query and key of `site` are multiplied along their tokens."""
     kinds = [_kinds(view) for view in (site.query, site.key)]
-    if all(kind == ("channel", "token") for kind in kinds):
-        return (
-            "it attends channels, not tokens: query and key are multiplied along the tokens, "
-            "so there are no far tokens to approximate"
-        )
-    return None
+    return all(kind == ("channel", "token") for kind in kinds)
 
 
 def _kinds(view: View) -> tuple[Kind | None, Kind | None]:

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..report.explain import Report, Site
-from ..report.tables import TOP_LEVEL, rich_table
+from ...report.explain import Report, Site
+from ...report.tables import TOP_LEVEL, rich_table
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import parse
+from ...options import parse
 from .errors import UserError
 
 Model = Annotated[

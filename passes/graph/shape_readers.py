@@ -1,7 +1,6 @@
 """What asks for the shape, the dtype or the device of a tensor, and not for its values.
 
-`zeros_like(scores)` or `mask.expand_as(scores)` need no scores. When an attention goes, such readers
-get a stand-in: one element, expanded to the shape of what went.
+`zeros_like(scores)` or `mask.expand_as(scores)` need no scores.
 """
 
 from __future__ import annotations
@@ -9,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...graph.calls import call_of
-from ...graph.emit import emit
-from ...graph.fake import example, is_tensor
+from .calls import call_of
+from .fake import example, is_tensor
 
 _LIKE = {
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
@@ -70,39 +67,8 @@ def stand_in_sizes(node: fx.Node, sources: Iterable[fx.Node]) -> list[Any] | Non
     return found
 
 
-def give_stand_ins(gone: Iterable[fx.Node], sources: tuple[fx.Node, ...], end: fx.Node) -> None:
-    """Let readers of the shapes of nodes that are about to go read stand-ins.
-
-    Args:
-        sources: tensors that stay, of which the sizes are read; they come before all that go.
-        end: goes too; it is not looked at.
-    """
-    inside = {*gone, end}
-    for node in inside - {end}:
-        for reader in list(node.users):
-            if reader in inside or not reads_shape(reader, node):
-                continue
-            if _is_check(reader):
-                reader.graph.erase_node(reader)
-                continue
-            with reader.graph.inserting_before(reader):
-                reader.replace_input_with(node, _stand_in(node, sources, reader))
-
-
-def _stand_in(node: fx.Node, sources: tuple[fx.Node, ...], like: fx.Node) -> fx.Node:
-    sizes = stand_in_sizes(node, sources)
-    assert sizes is not None
-    model: Tensor = example(node)
-    like = like if is_tensor(like) else sources[0]
-    given = [
-        emit(like, "size", size, {}) if isinstance(size, tuple) else size for size in sizes
-    ]
-    factory = torch.ops.aten.empty.memory_format
-    element = emit(like, factory, ([],), {"dtype": model.dtype, "device": model.device})
-    return emit(like, "expand", (element, *given), {})
-
-
-def _is_check(reader: fx.Node) -> bool:
+def is_check(reader: fx.Node) -> bool:
+    """Whether `reader` only compares the shape or dtype that it reads with what they should be."""
     call = call_of(reader)
     return call is not None and call.name in _CHECKS
 

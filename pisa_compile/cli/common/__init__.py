@@ -1,0 +1,1 @@
+"""What several subcommands share: arguments, output, errors, the environment."""
