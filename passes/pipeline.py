@@ -24,10 +24,10 @@ from .masks.padding import Padding
 from .match.external import ExternalKernel
 from .match.flex import FlexAttention
 from .match.grouped import without_copies
-from .match.written import HandWrittenAttention
 from .match.opaque import expand, inline, inputs_of, is_opaque, out_of_reach
 from .match.sdpa import ScaledDotProductAttention
 from .match.spelling import GraphFacts, Spelling
+from .match.written import HandWrittenAttention
 from .replace.density_input import DensityInput, add_density_input
 from .replace.numbers import mark_body, number_ops
 from .replace.regions import as_called, closed_region, common_operands, separate

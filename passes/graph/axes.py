@@ -77,7 +77,7 @@ class Axes:
             return (*dims[:at], (), *dims[at:])
         if call.name == "getitem":
             return added_dims(call.args[1], dims)
-        if call.name == "expand":
+        if call.name in ("expand", "expand_as"):
             return self._expanded(dims, after.shape)
         if call.name == "repeat_interleave":
             return self._repeated(call, dims)

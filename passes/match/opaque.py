@@ -29,9 +29,11 @@ def is_opaque(node: fx.Node) -> bool:
 def out_of_reach(node: fx.Node) -> NearMiss | None:
     """The attention of an opaque node that cannot be traced, and why."""
     reason = transform_of(node.all_input_nodes)
-    given = [node.args[at if len(node.args) > at else 0] for at in range(3)]
-    query, key, value = given if all(map(is_tensor, given)) else node.all_input_nodes[:1] * 3
-    return None if reason is None else NearMiss(node, query, key, value, reason)
+    if reason is None:
+        return None
+    given = [x for x in node.args[:3] if is_tensor(x)]
+    query, key, value = given if len(given) == 3 else node.all_input_nodes[:1] * 3
+    return NearMiss(node, query, key, value, reason)
 
 
 def expand(node: fx.Node) -> fx.GraphModule | None:

@@ -49,7 +49,7 @@ class ScaledDotProductAttention(Spelling):
         if given is None:
             return None
         inputs = given["query"], given["key"], given["value"]
-        end = node if is_tensor(node) else _first_result(node)
+        end, *unread = (node,) if is_tensor(node) else _results(node) or (None,)
         if end is None:
             return NearMiss(node, *inputs, "more than its output is used, such as its log-sum-exp")
         reason = transform_of((*inputs, given["attn_mask"], end))
@@ -83,7 +83,7 @@ class ScaledDotProductAttention(Spelling):
             scale=number(given["scale"]),
             enable_gqa=bool(given["enable_gqa"]),
             result=back,
-            interior=() if end is node else (node,),
+            interior=() if end is node else (node, *unread),
         )
 
 
@@ -103,10 +103,13 @@ def _arguments(node: fx.Node) -> dict[str, Any] | None:
     return _PARAMETERS | {_NAMES.get(name, name): value for name, value in given.items()}
 
 
-def _first_result(node: fx.Node) -> fx.Node | None:
-    """What picks the first of several results, if none of the others is read."""
-    picked = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    return picked[0] if len(node.users) == len(picked) == 1 and 0 in picked else None
+def _results(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What picks results of a kernel, that of the attention first; () if others are read too."""
+    picked = [user for user in node.users if user.target is operator.getitem]
+    read = [user for user in picked if user.users]
+    if len(picked) != len(node.users) or len(read) != 1 or read[0].args[1] != 0:
+        return ()
+    return (*read, *(user for user in picked if not user.users))
 
 
 def _layout(

@@ -49,7 +49,7 @@ def _stand_in(node: fx.Node, sizes: list[Any], source: fx.Node, reader: fx.Node)
 
 
 def erase_unread(readers: list[fx.Node]) -> None:
-    """Erase readers of stand-ins whose results only the attention read, and what follows of them."""
+    """Erase readers of stand-ins whose results only the attention read, and what follows them."""
     following = list(dict.fromkeys(readers))
     for node in following:
         following += [user for user in node.users if user not in following]

@@ -2,8 +2,8 @@
 
 Some networks (XCiT, DaViT) let channels attend channels: the product of query and key sums over the
 tokens, and the softmax runs over channels. It looks like attention whose sequence is as long as a
-head is wide. A linear layer or a convolution on the way tells which axis is which: what it makes are
-channels, what it leaves in place are tokens.
+head is wide. A linear layer or a convolution on the way tells which axis is which: what it makes
+are channels, what it leaves in place are tokens.
 """
 
 from __future__ import annotations

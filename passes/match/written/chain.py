@@ -40,7 +40,8 @@ class NoAttentionError(Exception):
 class Term:
     """A tensor that a chain adds to the scores, or masks or multiplies them with.
 
-    `fill` is what masked scores are set to, less what was added to all of them before.
+    `fill` is what masked scores are set to, less what was added to all of them before. What is
+    `of_rows` is added to all scores of a row alike.
     """
 
     kind: str  # "add", "allow", "block", "mul" or "div"
@@ -50,6 +51,7 @@ class Term:
     sign: int = 1
     scale: float = 1.0
     fill: float = -math.inf
+    of_rows: bool = False
 
 
 @dataclass
@@ -105,6 +107,12 @@ def view(chain: Chain, call: Call, operand: fx.Node, node: fx.Node, axes: Axes) 
     return True
 
 
+def stands(call: Call, place: str) -> str:
+    """That a call stands where it must not, in words."""
+    mixes = ", a layer that mixes its heads," if call.name in _MIXES else ""
+    return f"`{call.name}`{mixes} stands {place}"
+
+
 def drift(chain: Chain, link: Link, axes: Axes, place: str) -> None:
     """Follow the axes past something that is no part of a softmax attention.
 
@@ -116,8 +124,7 @@ def drift(chain: Chain, link: Link, axes: Axes, place: str) -> None:
     if product_of(link.node) is not None:
         chain.dims = _mixed(chain, link, axes, place)
         return
-    mixes = ", a layer that mixes its heads" if call.name in _MIXES else ""
-    chain.obstacle = chain.obstacle or f"`{call.name}`{mixes} stands {place}"
+    chain.obstacle = chain.obstacle or stands(call, place)
     if not (is_tensor(link.operand) and is_tensor(link.node)):
         raise MismatchError(chain.obstacle)
     before, after = example(link.operand), example(link.node)
@@ -157,9 +164,7 @@ def _mixed(chain: Chain, link: Link, axes: Axes, place: str) -> Dims:
     others = right_letters if left is link.operand else left_letters
     groups = dict(zip(letters, axes.resolve(chain.dims), strict=True))
     touched = {atom for x in others for atom in groups.get(x, ())}
-    chain.obstacle = chain.obstacle or (
-        f"its heads are mixed by `{link.node.name}` {place}"
-    )
+    chain.obstacle = chain.obstacle or (f"its heads are mixed by `{link.node.name}` {place}")
     chain.mixed |= touched
     result = []
     for letter, size in zip(product.out_letters, example(link.node).shape, strict=True):
@@ -193,8 +198,9 @@ def _held(node: fx.Node) -> float | None:
     held = node.meta.get("constant", getattr(node.meta.get("val"), "constant", None))
     if node.op == "get_attr" and "." not in str(node.target):
         held = getattr(node.graph.owning_module, str(node.target), None)
-    plain = isinstance(held, Tensor) and not isinstance(held, FakeTensor) and held.numel() == 1
-    return float(held.item()) if plain else None
+    if not isinstance(held, Tensor) or isinstance(held, FakeTensor) or held.numel() != 1:
+        return None
+    return float(held.item())
 
 
 def aligned(chain: Chain, other: fx.Node, axes: Axes) -> Dims:

@@ -71,9 +71,7 @@ def _row_axis(candidates: frozenset[int], keys: int, own: frozenset[int], axes: 
     found = sorted(candidates & own)
     if not found:
         raise RolesError("its query has no token dimension of its own")
-    same = [
-        atom for atom in found if statically_known_true(axes.sizes[atom] == axes.sizes[keys])
-    ]
+    same = [atom for atom in found if statically_known_true(axes.sizes[atom] == axes.sizes[keys])]
     return (same or found)[-1]
 
 
@@ -135,9 +133,7 @@ class Layout:
         """What the terms add or mask; what they add to whole rows changes nothing."""
         roles, masks = self.roles, []
         for term in terms:
-            scales = term.kind in ("mul", "div")
-            rows = term.kind == "add" and roles.keys not in atoms(term.dims, self.axes)
-            if not scales and not rows:
+            if term.kind not in ("mul", "div") and not term.of_rows:
                 wanted = (*self.groups, (roles.rows,), (roles.keys,))
                 view = self._view(term.node, term.dims, wanted)
                 masks.append(Mask(term.kind, view, term.sign, term.scale))  # type: ignore[arg-type]

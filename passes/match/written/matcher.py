@@ -16,7 +16,6 @@ from ...graph.axes import CASTS, Axes, Dims, Group
 from ...graph.calls import call_of
 from ...graph.fake import example, number
 from ...graph.product import Product, product_of
-from ...graph.writes import UnknownValueError
 from ...sites.site import AttentionSite, NearMiss
 from ..spelling import GraphFacts, Spelling
 from ..transforms import transform_of
@@ -35,7 +34,7 @@ _Way = tuple[list[Link], list[Link]]
 
 class HandWrittenAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
-        softmax = softmax_of(node)
+        softmax = softmax_of(node, facts.writes)
         if softmax is None:
             return None
         missed: list[tuple[int, NearMiss]] = []
@@ -132,7 +131,7 @@ class _Match:
         follow_weights(self.forward[:-1], weights, self.axes, self.softmax, self.facts)
         if weights.obstacle is not None:
             self._report(weights, {key_axis})
-        check_order(chain, key_axis, self.axes)
+        check_order(chain, key_axis, self.axes, self.facts)
         value_dims, result_dims, value = self._value(weights)
         if self.softmax.division is not None:
             self._check_division(chain.dims, key_axis, value_dims, result_dims)
@@ -142,9 +141,7 @@ class _Match:
             raise RolesError("its softmax does not run over the keys but over a batch dimension")
         if key_axis in left:
             sides, query, key = sides[::-1], key, query
-        roles = roles_of(
-            chain, key_axis, sides[0], sides[1], value_dims, result_dims, self.axes
-        )
+        roles = roles_of(chain, key_axis, sides[0], sides[1], value_dims, result_dims, self.axes)
         layout = Layout.of(roles, sides[1], value_dims, self.axes)
         dims = (*sides, value_dims, result_dims)
         return self._assembled(chain, weights, layout, (query, key, value), dims)
@@ -183,7 +180,8 @@ class _Match:
 
     def _is_projection(self) -> bool:
         """Whether the scores are a linear layer's output, [B, T, D] @ [D, N]."""
-        return example(self.scores.left).dim() > example(self.scores.right).dim() == 2
+        left, right = (len(letters) for _, letters in self.scores.sides)
+        return left > right == 2
 
     def _report(self, chain: Chain, tokens: set[int] | frozenset[int]) -> None:
         assert chain.obstacle is not None

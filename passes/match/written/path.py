@@ -30,8 +30,7 @@ _VIEWS = {
 _EITHER = {"add", "mul", "sub", "rsub"}  # the path may run through either operand
 _FIRST = {"div", "masked_fill", "setitem", "negative"}
 _ALSO_EITHER = {"div", "maximum", "minimum", "pow", "floordiv", "addcmul", "addcdiv", "lerp"}
-# They make a tensor of their own, or end what could be one attention.
-_ENDS = {"softmax", "log_softmax", "softmin", "embedding", "layer_norm", "group_norm", "rms_norm"}
+_ENDS = {"softmax", "log_softmax", "softmin", "embedding"}  # of what could be one attention
 _REDUCTIONS = {"sum", "mean", "max", "min", "prod", "argmax", "norm", "logsumexp", "any", "all"}
 
 
@@ -127,7 +126,7 @@ def operands(node: fx.Node, through_anything: bool = False) -> tuple[Any, ...]:
     call = call_of(node)
     if call is None:
         return ()
-    if call.name in _EITHER:
+    if call.name in _EITHER or (through_anything and call.name in _ALSO_EITHER):
         return call.args[:2]
     if call.name == "where":
         return (chosen(call) or ())[1:]
@@ -158,9 +157,7 @@ def _any_operands(node: fx.Node, call: Call) -> tuple[Any, ...]:
     first = call.argument(0, "input", "self")
     if not isinstance(first, fx.Node) or call.name in _ENDS or "attention" in call.name:
         return ()
-    if reads_shape(node, first):
-        return ()
-    return call.args[:2] if call.name in _ALSO_EITHER else (first,)
+    return () if reads_shape(node, first) else (first,)
 
 
 def _likely_first(found: tuple[Any, ...], node: fx.Node) -> list[fx.Node]:
@@ -175,4 +172,3 @@ def _likely_first(found: tuple[Any, ...], node: fx.Node) -> list[fx.Node]:
 def _name(node: fx.Node) -> str:
     call = call_of(node)
     return "" if call is None else call.name
-

@@ -17,6 +17,7 @@ from ...graph.axes import CASTS, Axes
 from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor
 from ...graph.product import product_of
+from ...graph.writes import UnknownValueError
 from ...masks.facts import NEGLIGIBLE
 from ..spelling import GraphFacts
 from .chain import (
@@ -153,7 +154,9 @@ def _scale(chain: Chain, call: Call, link: Link, axes: Axes, facts: GraphFacts) 
 
 def _multiply(chain: Chain, factor: float, call: Call) -> None:
     if factor == 0.0 or not math.isfinite(factor):
-        raise MismatchError(f"`{call.name}` stands {BEFORE} and multiplies its scores by {factor:g}")
+        raise MismatchError(
+            f"`{call.name}` stands {BEFORE} and multiplies its scores by {factor:g}"
+        )
     if factor != 1.0:
         chain.multiply(factor)
 
@@ -187,15 +190,17 @@ def _fill(
     chain.terms.append(Term(kind, mask, dims, node, fill=value - chain.shift))
 
 
-def check_order(chain: Chain, keys: int, axes: Axes) -> None:
+def check_order(chain: Chain, keys: int, axes: Axes, facts: GraphFacts) -> None:
     """What depends on the order of the terms, once it is known which axis the keys are.
+
+    Marks the terms that are added to whole rows.
 
     Raises:
         MismatchError: a factor, a fill or what is added to rows changes what came before.
     """
     masked = False
     for term in chain.terms:
-        present = {atom for group in axes.resolve(term.dims) for atom in group}
+        present = _varying(term, axes, facts)
         if term.kind in ("mul", "div"):
             if keys in present:
                 raise MismatchError(f"`{term.node.name}` scales its scores differently per key")
@@ -209,11 +214,26 @@ def check_order(chain: Chain, keys: int, axes: Axes) -> None:
             _check_fill(term, chain)
         elif keys in present:
             masked = True
-        elif not _is_statistic(term, chain):
+        elif _is_statistic(term, chain) or _is_small(term, facts):
+            term.of_rows = True
+        else:
             raise MismatchError(
                 f"`{term.node.name}` is added to all scores of a row and is not known to be small, "
                 "so it may round them away; leave it out, it changes nothing else"
             )
+
+
+def _varying(term: Term, axes: Axes, facts: GraphFacts) -> set[int]:
+    """The axes along which the elements of a term may differ."""
+    groups = axes.resolve(term.dims)
+    flags: tuple[bool, ...] = (True,) * len(groups)
+    try:
+        state = facts.writes.value(term.node, term.reader)
+        if is_tensor(state) and term.kind == "add":
+            flags = facts.masks.facts.varying(state)
+    except UnknownValueError:
+        pass
+    return {atom for group, flag in zip(groups, flags, strict=True) if flag for atom in group}
 
 
 def _check_fill(term: Term, chain: Chain) -> None:
@@ -224,6 +244,11 @@ def _check_fill(term: Term, chain: Chain) -> None:
             f"its scores are filled with {value:g} where masked; only -inf, "
             f"or a number below {least:g}, removes keys"
         )
+
+
+def _is_small(term: Term, facts: GraphFacts) -> bool:
+    value = constant(term.node, term.reader, facts)
+    return value is not None and abs(value) * term.scale <= _MOST_SHIFT
 
 
 def _is_statistic(term: Term, chain: Chain) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import fx
 
 from ...graph.axes import added_dims
-from ...graph.calls import Call, call_of
+from ...graph.calls import Call, call_of, written_by
 from ...graph.fake import example, is_tensor
+from ...graph.writes import UnknownValueError, Writes
 
 _CALLS = {"softmax", "softmin", "safe_softmax"}
 # Between exponentials and their sum, where the quotient is no softmax any more.
@@ -46,22 +47,24 @@ class Softmax:
     obstacle: str | None = None
 
 
-def softmax_of(node: fx.Node) -> Softmax | None:
+def softmax_of(node: fx.Node, writes: Writes) -> Softmax | None:
     """The softmax that `node` computes, or None."""
     call = call_of(node)
     if call is None or not is_tensor(node):
         return None
-    if "softmax" in call.name or call.name == "softmin":
-        return _called(node, call)
-    if call.name == "div":
-        total = call.argument(1, "other")
-        found = _normalised(node, call.argument(0, "input"), total)
-        return found or _altered(node, call.argument(0, "input"), total)
-    if call.name == "mul":
-        return _times_reciprocal(node, call)
-    if exponential := _exponential(node):
-        found = _by_logarithm(node) or _divided_later(node, *exponential)
-        return found or _altered_and_divided_later(node, exponential[0])
+    try:
+        if "softmax" in call.name or call.name == "softmin":
+            return _called(node, call)
+        if call.name == "div":
+            weights, total = call.argument(0, "input"), call.argument(1, "other")
+            return _normalised(node, weights, total, writes) or _altered(node, weights, total)
+        if call.name == "mul":
+            return _times_reciprocal(node, call, writes)
+        if exponential := _exponential(node):
+            found = _by_logarithm(node) or _divided_later(node, *exponential, writes)
+            return found or _altered_and_divided_later(node, exponential[0])
+    except UnknownValueError:
+        pass
     return None
 
 
@@ -88,24 +91,27 @@ def _exponential(node: Any) -> tuple[fx.Node, float] | None:
         if is_tensor(scores) and isinstance(base, (int, float)) and base > 0:
             return scores, math.log(base)
         return None
-    factor = {"exp": 1.0, "exp2": math.log(2.0)}.get(call.name)
+    factor = {"exp": 1.0, "exp2": math.log(2.0)}.get(call.name.removeprefix("special_"))
     scores = call.args[0]
     return (scores, factor) if factor is not None and is_tensor(scores) else None
 
 
-def _normalised(node: fx.Node, weights: Any, total: Any) -> Softmax | None:
+def _normalised(node: fx.Node, weights: Any, total: Any, writes: Writes) -> Softmax | None:
     """`exp(scores) / exp(scores).sum(dim, keepdim=True)`"""
+    if not isinstance(weights, fx.Node):
+        return None
+    weights = writes.value(weights, node)
     exponential = _exponential(weights)
     if exponential is None:
         return None
     scores, factor = exponential
-    for nodes, dim in _totals(weights):
+    for nodes, dim in _totals(weights, writes):
         if nodes[0] is total:
             return Softmax(node, scores, dim, (node, *nodes, weights), factor=factor)
     return None
 
 
-def _times_reciprocal(node: fx.Node, call: Call) -> Softmax | None:
+def _times_reciprocal(node: fx.Node, call: Call, writes: Writes) -> Softmax | None:
     """`exp(scores) * (1 / exp(scores).sum(dim, keepdim=True))`"""
     pair = call.args[:2]
     for weights, inverse in (pair, pair[::-1]) if len(pair) == 2 else ():
@@ -117,15 +123,15 @@ def _times_reciprocal(node: fx.Node, call: Call) -> Softmax | None:
             total = one.args[0]
         elif one.name == "div" and one.args[0] == 1:
             total = one.argument(1, "other")
-        found = _normalised(node, weights, total)
+        found = _normalised(node, weights, total, writes)
         if found is not None:
             return replace(found, interior=(node, inverse, *found.interior[1:]))
     return None
 
 
-def _divided_later(node: fx.Node, scores: fx.Node, factor: float) -> Softmax | None:
+def _divided_later(node: fx.Node, scores: fx.Node, factor: float, writes: Writes) -> Softmax | None:
     """`exp(scores)`, whose sum divides something else than itself."""
-    for nodes, dim in _totals(node):
+    for nodes, dim in _totals(node, writes):
         for division in nodes[0].users:
             call = call_of(division)
             if call is None or call.name != "div" or call.args[0] is node:
@@ -179,16 +185,16 @@ def _sources(node: Any) -> list[fx.Node]:
     return found
 
 
-def _totals(weights: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], int]]:
+def _totals(weights: fx.Node, writes: Writes) -> Iterator[tuple[tuple[fx.Node, ...], int]]:
     """Sums of `weights` that keep their dimension, at once or by a second node, and it."""
-    for total in weights.users:
-        dim = _reduced_dim(total, "sum", weights)
+    rank = example(weights).dim()
+    for name, total in _read_as(weights, writes):
+        dim = _reduced_dim(total, "sum", name)
         if dim is not None:
             yield (total,), dim
-        dim = _reduced_dim(total, "sum", weights, kept=False)
+        dim = _reduced_dim(total, "sum", name, kept=False)
         if dim is None:
             continue
-        rank = example(weights).dim()
         for again in total.users:
             call = call_of(again)
             if call is None or not call.args or call.args[0] is not total:
@@ -199,6 +205,14 @@ def _totals(weights: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], int]]:
                 dims = added_dims(call.args[1], tuple((i,) for i in range(rank - 1)))
                 if dims is not None and len(dims) == rank and dims.index(()) == dim:
                     yield (again, total), dim
+
+
+def _read_as(node: fx.Node, writes: Writes) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What reads the value of `node`, also as the tensor that it changed in place."""
+    for name in (node, *written_by(node)):
+        for user in name.users:
+            if user is not node and node < user and writes.value(name, user) is node:
+                yield name, user
 
 
 def _by_logarithm(node: fx.Node) -> Softmax | None:

@@ -16,7 +16,7 @@ from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor
 from ...graph.product import product_of
 from ..spelling import GraphFacts
-from .chain import Chain, MismatchError, checked_call, constant, drift, view
+from .chain import Chain, checked_call, constant, drift, stands, view
 from .path import Link, chosen
 from .softmax import Softmax
 
@@ -39,9 +39,7 @@ def follow_weights(
         chain.passed(link.node)
 
 
-def _advance(
-    chain: Chain, link: Link, axes: Axes, softmax: Softmax, facts: GraphFacts
-) -> None:
+def _advance(chain: Chain, link: Link, axes: Axes, softmax: Softmax, facts: GraphFacts) -> None:
     operand, node = link.operand, link.node
     call = call_of(node)
     assert call is not None
@@ -85,8 +83,9 @@ def _changed(call: Call, operand: fx.Node, node: fx.Node, facts: GraphFacts) -> 
     if call.name in ("sub", "rsub"):
         return f"{what} and its attention weights are subtracted from each other"
     if call.name in ("mul", "div"):
-        return f"`{call.name}` by {what} stands {AFTER}; apply it to the result instead"
-    return f"`{call.name}` stands {AFTER}"
+        instead = "; apply it to the result instead" if value is not None else ""
+        return f"`{call.name}` by {what} stands {AFTER}{instead}"
+    return stands(call, AFTER)
 
 
 def _empty_rows(
