@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..graph.axes import SAME, Axes
+from ..graph.axes import Axes
 from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_number, is_tensor, number
+from ..graph.operations import INTEGER_CASTS, PICKS, REARRANGEMENTS, SAME
 from ..graph.writes import UnknownValueError, Writes
 from .vmapped import HIDE, SHOW, shown
 
@@ -48,12 +49,8 @@ _UNARY: dict[str, Callable[[float], float]] = {
     "negative": operator.neg,
     "log": lambda a: math.log(a) if a > 0 else -math.inf,
 }
-_CASTS = SAME | {"bool", "int", "long"}
-_MOVES = {
-    *("transpose", "permute", "unsqueeze", "expand", "repeat_interleave", "reshape", "flatten"),
-    *("unflatten", "squeeze", "expand_as", "view_as", ".mT", ".T", "t"),
-}
-_PARTS = {"getitem", "index", "repeat", "narrow", "select", HIDE, SHOW}
+_CASTS = SAME | INTEGER_CASTS
+_PARTS = PICKS | {"index", "repeat", HIDE, SHOW}
 _CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0}
 _CONSTANTS |= {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
 _FILLS = {"full": 1, "full_like": 1, "new_full": 2}
@@ -141,7 +138,7 @@ class MaskFacts:
             if _tensor(node).dtype == torch.bool:
                 return frozenset(float(bool(value)) for value in first)
             return first if _tensor(node).is_floating_point() or first <= {0.0, 1.0} else None
-        return first if call.name in _MOVES | _PARTS else None
+        return first if call.name in REARRANGEMENTS | _PARTS else None
 
     def _combined(self, call: Call, arguments: list[Values | None]) -> Values | None:
         if len(arguments) != 2 or None in arguments or call.kwargs.get("rounding_mode"):
@@ -199,7 +196,7 @@ class MaskFacts:
         """Follow a chain of views as one: a reshape may undo what another one merged."""
         chain: list[tuple[Call, fx.Node, fx.Node]] = []
         source = node
-        while (call := call_of(source)) is not None and call.name in _MOVES | {"getitem"}:
+        while (call := call_of(source)) is not None and call.name in REARRANGEMENTS | {"getitem"}:
             read = self._read(call.args[0], source)
             if read is None or _tensor(read) is not example(call.args[0]):
                 break

@@ -13,9 +13,9 @@ from typing import Any
 from torch import fx
 
 from ...graph.axes import added_dims
-from ...graph.calls import Call, call_of, written_by
+from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor
-from ...graph.writes import UnknownValueError, Writes
+from ...graph.writes import UnknownValueError, Writes, written_by
 
 _CALLS = {"softmax", "softmin", "safe_softmax"}
 # Between exponentials and their sum, where the quotient is no softmax any more.
