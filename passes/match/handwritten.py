@@ -311,7 +311,16 @@ class _Match:
                 factors.append((term.kind, self._view(term.node, term.dims, wanted)))
             elif term.kind != "add" or keys in present:
                 view = self._view(term.node, term.dims, (*groups, (rows,), (keys,)))
-                masks.append(Mask(term.kind, view, term.sign, term.scale))  # type: ignore[arg-type]
+                masks.append(
+                    Mask(
+                        term.kind,  # type: ignore[arg-type]
+                        view,
+                        term.sign,
+                        term.scale,
+                        fill=term.fill * term.scale,
+                        dtype=example(term.reader).dtype if term.kind == "add" else None,
+                    )
+                )
             # What is added to all scores of a row, such as minus their maximum, changes nothing.
         return tuple(masks), tuple(factors)
 
