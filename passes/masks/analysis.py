@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import fx
@@ -30,6 +31,7 @@ _SPLIT = {
     "allow": ("bitwise_and", "mul"),
     "block": ("bitwise_or",),
 }
+_OPPOSITES: dict[str, Literal["allow", "block"]] = {"allow": "block", "block": "allow"}
 _SEVERAL = (
     "several masks remove keys by finite numbers, which rows without a key add up; combine them "
     "into one, or use boolean masks or -inf"
@@ -209,16 +211,19 @@ class MaskAnalysis:
             yield replace(mask, state=node)
             return
         call = call_of(node)
-        split = _SPLIT.get(mask.kind, ())
+        split, inside = _SPLIT.get(mask.kind, ()), mask
         if call is not None and not call.in_place and example(node).dtype == torch.bool:
             if call.name in split:
                 views = [_broadcast(operand, node, mask.view) for operand in call.args[:2]]
             elif call.name in ("to", "type", "bool", "clone", "expand"):
                 views = [_broadcast(call.args[0], node, mask.view)]
+            elif call.name == "bitwise_not" and mask.kind in _OPPOSITES:
+                views = [_broadcast(call.args[0], node, mask.view)]
+                inside = replace(mask, kind=_OPPOSITES[mask.kind])
             else:
                 views = [_peeled(call, mask.view)]
             known = [view for view in views if view is not None]
-            parts = self._parts(mask, known, node, end)
+            parts = self._parts(inside, known, node, end)
             if None not in views and parts is not None:
                 yield from parts
                 return
