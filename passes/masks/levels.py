@@ -71,6 +71,11 @@ def levels_of(values: Values, dtype: torch.dtype) -> Levels | str:
     coarse = [value for value in finite if spacing(value, dtype) >= _COARSE]
     for value in finite:
         distance = spacing(value, dtype)
+        if value > 0.0 and distance > _FINE:
+            return (
+                f"its mask adds {value:g} in {dtype} to the keys that take part, which rounds their "
+                "scores; add 0 to them, and -inf to the others"
+            )
         if _FINE < distance < _COARSE:
             return (
                 f"its mask adds {value:g} in {dtype}, which rounds the scores of a row without any "

@@ -44,7 +44,8 @@ def additive(form: str, allowed: Tensor, fill: float, dtype: torch.dtype) -> Ten
     if form == "opposite":
         return -((1 - number) * -fill)
     product = (1 - number) * fill
-    return product + (torch.arange(T) >= T - 3) * fill if form == "twice" else product
+    last = (torch.arange(T) >= T - 3).to(dtype)
+    return product + last * fill if form == "twice" else product
 
 
 @st.composite

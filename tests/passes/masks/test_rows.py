@@ -225,6 +225,10 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
         attend(lambda m: ((1 - m.float()) * -1e7)[:, None, None]),
         "multiples of 1; use a boolean mask",
     ),
+    "much_added_to_what_takes_part": (
+        attend(lambda m: (m.float() * 1e9)[:, None, None]),
+        "add 0 to them",
+    ),
     "lowest_number_for_whole_rows": (
         attend(lambda m: ((1 - m.float()) * LOWEST)[:, None, :, None]),
         "round their scores away",
