@@ -28,9 +28,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from pisa_compile.cost.measure import interleaved, measure
 from pisa_compile.cost.model import Profile, Workload, break_even
 from pisa_compile.cost.store import device_name
-from pisa_compile.kernels import dispatch
 from pisa_compile.kernels.params import Settings
 from pisa_compile.kernels.testing import random_inputs
+from pisa_compile.ops import dispatch
 
 TOKENS = {"cpu": (700, 1536, 3000, 6144), "cuda": (3000, 6144, 16000, 32760)}
 HEADS = (3, 12)

@@ -7,6 +7,7 @@ disagree about which block is where.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any
@@ -56,6 +57,13 @@ class Settings:
         given = {name: getattr(self, name) for name in SETTINGS}
         prefix, suffix = given.pop("exact")
         return {**given, "exact_prefix": prefix, "exact_suffix": suffix}
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Settings:
+        """The settings that `as_arguments` gave."""
+        given = dict(arguments)
+        exact = given.pop("exact_prefix", 0), given.pop("exact_suffix", 0)
+        return cls(**given, exact=exact)
 
     def scaled(self, scale: float) -> AttentionParams:
         """The settings of a call whose logits are `scale * q.k`."""

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..kernels.dispatch import UnsupportedError
+from ..ops.dispatch import UnsupportedError
 from ..ops.token_order import NO_CALLER, CallerTokens
 from ..policies.annotation import erase_marks, policies_around
 from ..policies.policy import Policy, PolicyError, named_policies, resolve

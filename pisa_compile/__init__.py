@@ -3,7 +3,7 @@
 from importlib import metadata as _metadata
 
 from .export import rewrite
-from .kernels.dispatch import UnsupportedError
+from .ops.dispatch import UnsupportedError
 from .ops.functional import attention
 from .policies.attach import policy, set_policy
 from .policies.file import load_policy, save_policy

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels.dispatch import UnsupportedError
+from .ops.dispatch import UnsupportedError
 from .ops.functional import attention
 from .policies.policy import Policy
 

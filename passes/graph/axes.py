@@ -15,14 +15,16 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .calls import Call
+from .operations import ADDITIONS, RESHAPES
+from .operations import CASTS as CASTS
+from .operations import SAME as SAME
 
 Group = tuple[int, ...]
 Dims = tuple[Group, ...]
 Step = tuple[str, tuple[Any, ...]]
 
-CASTS = {"to", "type", "float", "half", "bfloat16", "double"}
-SAME = CASTS | {"clone", "dropout"}
-_REVERSALS = {".mT", ".T", "t"}
+_LAST_TWO = {".mT", ".mH", "adjoint"}
+_REVERSED = {".T", ".H", "t", "numpy_T"}  # all dimensions, of whatever rank
 
 
 class Axes:
@@ -57,31 +59,35 @@ class Axes:
             after: fake value of the result.
         """
         dims, rank = self.resolve(dims), len(dims)
+        if before.is_complex() != after.is_complex():
+            return None
         if call.name in SAME:
             return dims
         if call.name == "transpose":
             order = list(range(rank))
-            first, second = (call.argument(i, f"dim{i - 1}") for i in (1, 2))
+            first, second = (call.argument(i, f"dim{i - 1}", f"axis{i - 1}") for i in (1, 2))
             if not isinstance(first, int) or not isinstance(second, int):
                 return None
             order[first], order[second] = order[second], order[first]
             return tuple(dims[i] for i in order)
-        if call.name in _REVERSALS:
-            if call.name != ".mT":  # all dimensions, of whatever rank
-                return dims[::-1]
+        if call.name in _REVERSED:
+            return dims[::-1]
+        if call.name in _LAST_TWO:
             return (*dims[:-2], dims[-1], dims[-2]) if rank >= 2 else None
         if call.name == "permute":
             return tuple(dims[i] for i in call.rest(1, "dims"))
+        if call.name == "movedim":
+            return _moved(call, dims)
         if call.name == "unsqueeze":
             at = call.argument(1, "dim") % (rank + 1)
             return (*dims[:at], (), *dims[at:])
         if call.name == "getitem":
             return added_dims(call.args[1], dims)
-        if call.name == "expand":
+        if call.name in ("expand", "expand_as"):
             return self._expanded(dims, after.shape)
         if call.name == "repeat_interleave":
             return self._repeated(call, dims)
-        if call.name in ("reshape", "flatten", "unflatten", "view_as", "reshape_as", "squeeze"):
+        if call.name in RESHAPES | ADDITIONS:
             if isinstance(call.argument(1, "dtype"), torch.dtype):
                 return None  # `view` that reinterprets memory
             return self._reshaped(dims, after.shape)
@@ -195,6 +201,19 @@ class Axes:
         """Sizes for `unflatten`: at most one may be symbolic, and is left to it as -1."""
         sizes = tuple(s if isinstance(s, int) else -1 for s in map(self.sizes.__getitem__, group))
         return sizes if sizes.count(-1) <= 1 else None
+
+
+def _moved(call: Call, dims: Dims) -> Dims | None:
+    """`movedim(x, source, destination)`, numbers or sequences of them."""
+    rank = len(dims)
+    sources, targets = call.argument(1, "source"), call.argument(2, "destination")
+    if isinstance(sources, int) and isinstance(targets, int):
+        sources, targets = (sources,), (targets,)
+    if not isinstance(sources, (tuple, list)) or not isinstance(targets, (tuple, list)):
+        return None
+    placed = {to % rank: at % rank for at, to in zip(sources, targets, strict=True)}
+    rest = iter(dim for dim in range(rank) if dim not in placed.values())
+    return tuple(dims[placed[dim] if dim in placed else next(rest)] for dim in range(rank))
 
 
 def added_dims(index: Any, dims: Dims) -> Dims | None:

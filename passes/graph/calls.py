@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 _SYNONYMS = {
     "add": ("iadd",),
@@ -29,13 +28,16 @@ _SYNONYMS = {
     "movedim": ("moveaxis",),
     "reshape": ("view", "_unsafe_view", "view_copy"),
     "permute": ("permute_copy",),
-    "expand": ("broadcast_to",),
+    "expand": ("broadcast_to", "expand_copy"),
     "max": ("amax",),
     "masked_fill": ("masked_fill_copy",),
     "type": ("type_as",),
     "to": ("_to_copy", "to_copy", "convert_element_type"),
     "cat": ("concat", "concatenate"),
-    "clone": ("contiguous", "detach", "alias", "lift_fresh_copy", "detach_copy"),
+    "clone": (
+        *("contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "detach_copy"),
+        *("get_data_attr", "alias_copy", ".data"),
+    ),
 }
 _NAMES = {name: main for main, others in _SYNONYMS.items() for name in (main, *others)}
 _IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "imatmul", "setitem"}
@@ -81,7 +83,8 @@ def call_of(node: Any) -> Call | None:
     if node.op != "call_function":
         return None
     if node.target is getattr:
-        return Call(f".{node.args[1]}", node.args[:1], {}, in_place=False)
+        name = f".{node.args[1]}"
+        return Call(_NAMES.get(name, name), node.args[:1], {}, in_place=False)
     if isinstance(node.target, torch._ops.OpOverload):
         is_torch = node.target.namespace in ("aten", "prims")
         return _call(node.target._opname, node) if is_torch else None
@@ -90,29 +93,6 @@ def call_of(node: Any) -> Call | None:
     if module == "_operator":
         return _call(name.strip("_"), node)  # `and_` is not in place
     return _call(name, node) if module.split(".")[0] == "torch" else None
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Whether the node changes a tensor that existed before it."""
-    return bool(written_by(node))
-
-
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """The tensors that `node` changes in place."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    written: list[Any] = [node.kwargs.get("out")]
-    if isinstance(node.target, torch._ops.OpOverload):
-        for at, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name)
-                written.append(given)
-    elif "mutation" in str(node.target):  # a Triton kernel, which may write to all it is given
-        written += node.all_input_nodes
-    else:
-        call = call_of(node)
-        written += call.args[:1] if call is not None and call.in_place else ()
-    return [x for x in tree_leaves(written) if isinstance(x, fx.Node)]
 
 
 def _call(name: str, node: fx.Node) -> Call:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from ... import cost
-from ...kernels import dispatch
+from ...kernels.params import Settings
+from ...ops import dispatch
 from ...policies.policy import DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -115,14 +116,46 @@ def least_tokens(candidate: Candidate, policy: Policy) -> tuple[int | None, str]
     """The length from which sparsity pays, if there is one, and where that is from."""
     query, key, value = candidate.query, candidate.key.sizes, candidate.value.sizes
     batch, heads, _, head_dim = query.sizes
-    profile = None
+    measured: tuple[int | None] | None = None
     if policy.min_tokens is None:
-        profile = cost.profile_of(query.device, candidate.dtype, head_dim, value[-1])
-    if profile is None:
+        sizes: tuple[int, ...] = (batch, heads, key[1], head_dim, value[-1])
+        if torch.compiler.is_dynamo_compiling():
+            # A single call that is traced: sizes become constants, as those of a range do, but for
+            # the batch, which hardly matters to a length.
+            sizes = (1, *(len(range(size)) for size in sizes[1:]))
+        measured = _break_even(
+            query.device, candidate.dtype, *sizes, *policy.settings().as_arguments().items()
+        )
+    if measured is None:
         return fixed_least_tokens(query.device, policy), "min_tokens is {}"
-    work = cost.Workload(batch, heads, key[1], 0, head_dim, value[-1], policy.settings())
-    why = "on this device it pays from {} on; min_tokens overrides that"
-    return cost.break_even(work, profile), why
+    return measured[0], "on this device it pays from {} on; min_tokens overrides that"
+
+
+# A look at the cache directory, or seconds of timing: nothing for Dynamo to trace.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _break_even(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    *arguments: tuple[str, Any],
+) -> tuple[int | None] | None:
+    """The length from which on sparsity pays, or None in a tuple if it never does.
+
+    None where nothing is measured.
+
+    Args:
+        arguments: of `Settings.as_arguments`, which a trace can hand on.
+    """
+    profile = cost.profile_of(device, dtype, head_dim, value_dim)
+    if profile is None:
+        return None
+    settings = Settings.from_arguments(dict(arguments))
+    work = cost.Workload(batch, heads, kv_heads, 0, head_dim, value_dim, settings)
+    return (cost.break_even(work, profile),)
 
 
 def _operand_refusal(candidate: Candidate) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...kernels.dispatch import UnsupportedError
+from ...ops.dispatch import UnsupportedError
 from ..sites.decision import Decision
 
 

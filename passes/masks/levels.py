@@ -73,7 +73,7 @@ def levels_of(values: Values, dtype: torch.dtype) -> Levels | str:
         distance = spacing(value, dtype)
         if value > 0.0 and distance > _FINE:
             return (
-                f"its mask adds {value:g} in {dtype} to the keys that take part, which rounds their "
+                f"its mask adds {value:g} in {dtype} to keys that take part, which rounds their "
                 "scores; add 0 to them, and -inf to the others"
             )
         if _FINE < distance < _COARSE:

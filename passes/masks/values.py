@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..graph.axes import SAME
 from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_number, is_tensor, number
+from ..graph.operations import INTEGER_CASTS, PICKS, REARRANGEMENTS, SAME
 from ..graph.writes import UnknownValueError, Writes
 from .domain import (
     BINARY,
@@ -29,16 +29,13 @@ from .domain import (
 )
 from .vmapped import HIDE, SHOW
 
-CASTS = (SAME | {"bool", "int", "long"}) - {"dropout"}
-MOVES = {
-    *("transpose", "permute", "unsqueeze", "expand", "repeat_interleave", "reshape", "flatten"),
-    *("unflatten", "squeeze", "expand_as", "view_as", ".mT", ".T", "t"),
-}
+CASTS = (SAME | INTEGER_CASTS) - {"dropout"}
 CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0}
 CONSTANTS |= {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
 FILLS = {"full": 1, "full_like": 1, "new_full": 2}
 _SINGLES = {"tensor": 0, "scalar_tensor": 0, "new_tensor": 1}
-_PARTS = {"getitem", "index", "repeat", "narrow", "select", HIDE, SHOW}
+# Elements of their first argument, and no others.
+_ELEMENTS = (REARRANGEMENTS | PICKS | {"index", "repeat", HIDE, SHOW}) - {"as_strided"}
 _HELD = ("_tensor_constant", "lifted_tensor")
 
 
@@ -130,10 +127,12 @@ class ValueFacts:
             return combined(name, first, arguments[1], dtype) if plain else None
         if name in UNARY:
             return changed(name, first, dtype)
-        reinterprets = any(isinstance(x, torch.dtype) for x in call.args) and call.name in MOVES
+        reinterprets = (
+            any(isinstance(x, torch.dtype) for x in call.args) and call.name in REARRANGEMENTS
+        )
         if call.in_place or reinterprets:
             return None
-        return first if call.name in CASTS | MOVES | _PARTS or _picks(node) else None
+        return first if call.name in CASTS | _ELEMENTS or _picks(node) else None
 
     def _chosen(self, call: Call, node: fx.Node) -> Domain | None:
         """Elements of one of two sources; of one alone where the choice is known."""

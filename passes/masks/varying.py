@@ -11,9 +11,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..graph.axes import Axes
 from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_tensor
+from ..graph.operations import REARRANGEMENTS
 from ..graph.writes import Writes
 from .domain import BINARY, UNARY
-from .values import CASTS, CONSTANTS, FILLS, MOVES, ValueFacts, read, tensor_of
+from .values import CASTS, CONSTANTS, FILLS, ValueFacts, read, tensor_of
 from .vmapped import SHOW, shown
 
 Flags = tuple[bool, ...]
@@ -79,7 +80,7 @@ class VaryingFacts:
         """Follow a chain of views as one: a reshape may undo what another one merged."""
         chain: list[tuple[Call, fx.Node, fx.Node]] = []
         source = node
-        while (call := call_of(source)) is not None and call.name in MOVES | {"getitem"}:
+        while (call := call_of(source)) is not None and call.name in REARRANGEMENTS | {"getitem"}:
             before = self._read(call.args[0], source)
             if before is None or tensor_of(before) is not example(call.args[0]):
                 break

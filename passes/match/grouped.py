@@ -11,17 +11,15 @@ from dataclasses import replace
 from torch import fx
 
 from ..graph.axes import Axes, Dims
-from ..graph.calls import Call, call_of
+from ..graph.calls import call_of
 from ..graph.fake import example, is_tensor
+from ..graph.operations import ALIASES, REARRANGEMENTS
 from ..graph.writes import Writes
 from ..sites.site import AttentionSite, View
 
 _COPIES = {"expand", "repeat_interleave"}
-_MOVES = {
-    *("transpose", "permute", "unsqueeze", "getitem", "reshape", "flatten", "unflatten"),
-    *("squeeze", "clone", ".mT", ".T", "t", *_COPIES),
-}
-_LENGTH = 8
+_MOVES = REARRANGEMENTS | ALIASES | {"getitem"}
+_LENGTH = 8  # operations from the small tensor to the attention
 
 
 def without_copies(site: AttentionSite, writes: Writes) -> AttentionSite:
@@ -72,7 +70,7 @@ def _uncopied(view: View, node: fx.Node, writes: Writes) -> View | None:
         assert call is not None
         if dims is not None:
             dims = axes.through(call, dims, example(call.args[0]), example(link))
-    dims = None if dims is None else _through_steps(view, dims, axes)
+    dims = None if dims is None else view.through(axes, dims)
     if dims is None:
         return None
     heads = axes.resolve(dims)[1]
@@ -83,13 +81,3 @@ def _uncopied(view: View, node: fx.Node, writes: Writes) -> View | None:
     wanted = tuple(tuple(a for a in group if a not in copied) for group in axes.resolve(dims))
     steps = axes.steps(given, wanted)
     return None if steps is None else View(source, steps)
-
-
-def _through_steps(view: View, dims: Dims, axes: Axes) -> Dims | None:
-    result: Dims | None = dims
-    for count, (method, arguments) in enumerate(view.steps):
-        before = View(view.node, view.steps[:count]).example()
-        after = View(view.node, view.steps[: count + 1]).example()
-        call = Call(method, (view.node, *arguments), {}, in_place=False)
-        result = axes.through(call, result, before, after) if result is not None else None
-    return result

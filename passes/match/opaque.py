@@ -15,8 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..graph.calls import is_in_place
 from ..graph.fake import example, is_tensor
+from ..graph.writes import is_in_place
 
 
 def is_opaque(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ...policies.annotation import policy_keys
+from ..graph.copies import copied
 from ..graph.fake import is_tensor
 from ..sites.decision import Decision
 
@@ -37,10 +38,13 @@ def separate(gm: fx.GraphModule) -> None:
             groups[policy_keys(node)].append(node)
         for number, (around, members) in enumerate(groups.items()):
             if around != traced:
-                suffix = f"_policy_{number}"
-                region = _copy(gm.get_submodule(name), traced, around, suffix)
-                gm.add_submodule(name + suffix, region)
-                _redirect(members, name + suffix, suffix)
+                suffix = f"policy_{number}"
+                body = gm.get_submodule(name)
+                assert isinstance(body, fx.GraphModule)
+                region = copied(body, suffix)
+                _exchange(region, traced, around)
+                gm.add_submodule(f"{name}_{suffix}", region)
+                _redirect(members, f"{name}_{suffix}", suffix)
 
 
 def common_operands(
@@ -91,33 +95,17 @@ def _redirect(calls: list[fx.Node], name: str, suffix: str) -> None:
             other = call.graph.get_attr(name)
         other.meta["nn_module_stack"] = call.meta.get("nn_module_stack")
         # The identifier is what later stages take a region for the same by.
-        call.args = (other, f"{identifier}{suffix}", *operands)
+        call.args = (other, f"{identifier}_{suffix}", *operands)
         if isinstance(body, fx.Node) and not body.users:
             call.graph.erase_node(body)
 
 
-def _copy(
-    module: torch.nn.Module, traced: tuple[str, ...], around: tuple[str, ...], suffix: str
-) -> fx.GraphModule:
-    """A copy of a region, and of regions inside it, with the policies around it exchanged."""
-    assert isinstance(module, fx.GraphModule)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(module.graph, copies, return_output_node=True)
-    assert isinstance(output, tuple)
-    result, output_node = output
-    graph.output(result).meta.update(output_node.meta)
-    for old, new in copies.items():
-        custom = new.meta.get("custom")
-        keys = policy_keys(old)
-        if custom is None or keys[: len(traced)] != traced:
-            continue
-        rest = {key: value for key, value in custom.items() if key not in traced}
-        new.meta["custom"] = dict.fromkeys(around, "") | rest
-    copied = fx.GraphModule(module, graph)
-    for name, child in list(copied.named_children()):
-        if isinstance(child, fx.GraphModule):
-            setattr(copied, name, _copy(child, traced, around, suffix))
-    for node in graph.find_nodes(op="call_function", target=_CALL):
-        node.args = (node.args[0], f"{node.args[1]}{suffix}", *node.args[2:])
-    return copied
+def _exchange(gm: fx.GraphModule, traced: tuple[str, ...], around: tuple[str, ...]) -> None:
+    """In a graph and those inside, take the policies `around` it for those it was traced under."""
+    for module in gm.modules():
+        nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+        for node in nodes:
+            if policy_keys(node)[: len(traced)] == traced and "custom" in node.meta:
+                custom = node.meta["custom"]
+                rest = {key: value for key, value in custom.items() if key not in traced}
+                node.meta["custom"] = dict.fromkeys(around, "") | rest

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from ..graph.axes import Axes, Dims
 from ..graph.axes import Step as Step
+from ..graph.calls import Call
 from ..graph.emit import emit
 from ..graph.fake import example
 
@@ -37,6 +39,18 @@ class View:
         for method, arguments in self.steps:
             node = emit(like, method, (node, *arguments), {})
         return node
+
+    def through(self, axes: Axes, dims: Dims) -> Dims | None:
+        """The dims of the view, where the tensor has `dims`; None if they cannot be followed."""
+        for count, (method, arguments) in enumerate(self.steps):
+            before = View(self.node, self.steps[:count]).example()
+            after = View(self.node, self.steps[: count + 1]).example()
+            call = Call(method, (self.node, *arguments), {}, in_place=False)
+            followed = axes.through(call, dims, before, after)
+            if followed is None:
+                return None
+            dims = followed
+        return dims
 
     def then(self, *steps: Step) -> View:
         return View(self.node, (*self.steps, *steps))

@@ -11,17 +11,15 @@ from torch import fx
 
 from ..graph.calls import call_of
 from ..graph.fake import example, is_tensor
+from ..graph.operations import ADDITIONS, ALIASES, PERMUTATIONS, RESHAPES
 from ..sites.site import AttentionSite
 from .origins import TokenOrigins
 from .steps import Joined, TokenAxis
 
 _EXCHANGE = "all_to_all"
 # What stands around an exchange: the heads that go to one rank are brought together.
-_AROUND = {
-    *("reshape", "flatten", "unflatten", "permute", "transpose", "clone", "movedim"),
-    *("wait_tensor", "getitem", "squeeze", "unsqueeze"),
-}
-_MOST = 64
+_AROUND = RESHAPES | PERMUTATIONS | ADDITIONS | ALIASES | {"wait_tensor", "getitem"}
+_MOST = 64  # more operations than any exchange takes
 
 
 def exchanges_joint_shares(site: AttentionSite) -> bool:

@@ -17,17 +17,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.calls import call_of
 from ..graph.fake import example, is_tensor, sizes
+from ..graph.operations import ARITHMETIC, JOINS, SLICES, SPLITS
 from ..graph.product import product_of
 from ..sites.site import AttentionSite
 
 # Followed through the largest operand, or several of one size: what is broadcast against the
 # tokens, such as a table of rotary embeddings, is not what they come from.
-_POINTWISE = {"add", "sub", "mul", "div", "where", "addcmul", "lerp"}
-_JOINS = {"cat", "stack"}
-_SLICES = {"getitem", "narrow", "select", "slice", "split", "split_with_sizes", "chunk"}
+_POINTWISE = ARITHMETIC | {"where", "addcmul", "lerp"}
 # Attention mixes tokens; `new_zeros`, `ones_like` and so on make new ones.
 _MIXED_OR_MADE = ("attention", "multi_head", "encoder_layer", "new_", "_like")
-_MOST = 96
+_MOST = 96  # tensors that are looked at: dozens of operations back on both sides
 _POOLING = 8  # times as many keys as queries
 
 
@@ -63,7 +62,7 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
     call = call_of(node)
     if call is None or not call.args or any(word in call.name for word in _MIXED_OR_MADE):
         return
-    if call.name in _JOINS:
+    if call.name in JOINS:
         yield from filter(is_tensor, call.joined())
     elif call.name in _POINTWISE:
         counts = {x: math.prod(sizes(example(x))) for x in call.args if is_tensor(x)}
@@ -94,7 +93,7 @@ def _parts(node: fx.Node, count: Any, total: Any) -> Iterator[fx.Node]:
 def _wholes(node: fx.Node, count: Any, total: Any) -> Iterator[fx.Node]:
     """The tensor with `total` tokens of which `node` is a slice of `count` tokens."""
     call = call_of(node)
-    if call is None or call.name not in _SLICES:
+    if call is None or call.name not in SLICES | SPLITS:
         return
     for whole in _sources(node):
         shapes = zip(example(whole).shape, example(node).shape, strict=False)

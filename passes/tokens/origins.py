@@ -17,9 +17,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..graph.axes import Axes
 from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_tensor
+from ..graph.operations import JOINS, REARRANGEMENTS, SLICES, SPLITS
 from ..sites.site import View
+from .steps import Joined as Joined
 from .steps import (
-    VIEWS,
     Merged,
     Origin,
     axes_at,
@@ -30,10 +31,8 @@ from .steps import (
     unfolded,
     viewed,
 )
-from .steps import Joined as Joined
 from .steps import TokenAxis as TokenAxis
 
-_SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 # These keep the length of an axis and put its tokens elsewhere.
 _MIXERS = {
     *("roll", "flip", "fliplr", "flipud", "rot90", "sort", "argsort", "topk", "gather", "index"),
@@ -88,11 +87,11 @@ class TokenOrigins:
             return ()  # above all not across an exchange between devices
         if call.name == "getitem" and not is_tensor(call.args[0]):
             return self._part_of_split(node, call.args[0], call.args[1], dim)
-        if call.name in ("cat", "stack"):
+        if call.name in JOINS:
             return joined(node, call, dim)
-        if call.name in ("getitem", "slice", "narrow", "select"):
+        if call.name in SLICES:
             return self._sliced(node, call, dim)
-        if call.name in VIEWS:
+        if call.name in REARRANGEMENTS:
             return viewed(node, call, dim)
         if call.name in ("view_as_complex", "view_as_real"):
             return tuple(axes_at(call.args[:1], dim))
@@ -106,7 +105,7 @@ class TokenOrigins:
         self, node: fx.Node, base: Any, index: Any, dim: int
     ) -> Origin | tuple[TokenAxis, ...]:
         call = call_of(base)
-        if call is None or call.name not in _SPLITS or not is_tensor(call.args[0]):
+        if call is None or call.name not in SPLITS or not is_tensor(call.args[0]):
             return ()
         whole = call.args[0]
         rank = example(whole).dim()
@@ -156,15 +155,9 @@ def axis_of(view: View, dim: int) -> TokenAxis | None:
     """The token axis that dimension `dim` of a view is."""
     axes = Axes()
     given = axes.fresh(example(view.node).shape)
-    dims = given
-    for count, (method, arguments) in enumerate(view.steps):
-        before = View(view.node, view.steps[:count]).example()
-        after = View(view.node, view.steps[: count + 1]).example()
-        call = Call(method, (view.node, *arguments), {}, in_place=False)
-        through = axes.through(call, dims, before, after)
-        if through is None:
-            return None
-        dims = through
+    dims = view.through(axes, given)
+    if dims is None:
+        return None
     group = axes.resolve(dims)[dim]
     found = [i for i, source in enumerate(axes.resolve(given)) if source == group]
     return TokenAxis(view.node, found[0]) if len(group) == 1 and found else None

@@ -15,11 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..graph.axes import Axes
 from ..graph.calls import Call
 from ..graph.fake import example, is_tensor
-
-_RESHAPES = {"reshape", "flatten", "unflatten", "view_as", "reshape_as", "squeeze"}
-VIEWS = _RESHAPES | {
-    *("transpose", "permute", "unsqueeze", "expand", "repeat_interleave", ".mT", ".T", "t"),
-}
+from ..graph.operations import RESHAPES
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def viewed(node: fx.Node, call: Call, dim: int) -> Origin | tuple[TokenAxis, ...
     if not is_tensor(source):
         return ()
     before, after = example(source), example(node)
-    if call.name in _RESHAPES and _equal(before.shape[: dim + 1], after.shape[: dim + 1]):
+    if call.name in RESHAPES and _equal(before.shape[: dim + 1], after.shape[: dim + 1]):
         return (TokenAxis(source, dim),)  # also where sizes are unknown
     axes = Axes()
     given = axes.fresh(before.shape)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ..cost.store import device_name
-from ..kernels.dispatch import UnsupportedError
 from ..kernels.params import ORDERS, ROUTINGS, AttentionParams
 from ..kernels.testing import Inputs, random_inputs, relative_l2, specified
+from ..ops.dispatch import UnsupportedError
 from ..ops.functional import attention
 from .common.environment import versions
 from .common.errors import UserError

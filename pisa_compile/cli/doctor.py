@@ -16,11 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ..cost.store import cache_directory, device_name
-from ..kernels import dispatch
 from ..kernels.cpu import native
 from ..kernels.cpu.build import BuildError, find_compiler
 from ..kernels.params import AttentionParams
 from ..kernels.testing import random_inputs, relative_l2, specified
+from ..ops import dispatch
 from ..policies.policy import DEFAULT
 from .common.environment import versions
 from .common.errors import UserError

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from ..kernels.dispatch import UnsupportedError
+from ..ops.dispatch import UnsupportedError
 from ..report.explain import explain as report_of_call
 from .common.errors import UserError
 from .common.importing import load

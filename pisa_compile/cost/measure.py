@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels import dispatch
 from ..kernels.params import Settings
+from ..ops import dispatch
 from .model import Profile, Workload, dense_terms, fit, sparse_terms
 
 # (tokens, heads, density) on a CPU. Lengths vary most, as the terms differ in their power of them.
@@ -33,7 +33,7 @@ _SECONDS = 0.02  # a round of a short call repeats it for about this long
 
 
 def measure(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> Profile:
-    """Times of the implementation that `kernels.dispatch` prefers on `device`, fitted.
+    """Times of the implementation that `ops.dispatch` prefers on `device`, fitted.
 
     May be called while a graph is traced or compiled: it runs in a thread of its own, which has
     none of the caller's modes.

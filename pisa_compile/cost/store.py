@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import dispatch
 from ..kernels.params import Settings
+from ..ops import dispatch
 from .measure import measure
 from .model import DENSE_TERMS, SPARSE_TERMS, Profile
 

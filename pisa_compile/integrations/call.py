@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops as ops  # registers torch.ops.pisa
-from ..kernels import dispatch
+from ..ops import dispatch
 from ..passes.judge import rules
 from ..passes.judge.rules import Candidate, Operand
 from ..policies.policy import DEFAULT, Policy

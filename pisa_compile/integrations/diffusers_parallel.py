@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import _templated_context_parallel_atte
 from torch import Tensor
 
 from .. import ops as ops  # registers torch.ops.pisa
-from ..kernels.dispatch import UnsupportedError
+from ..ops.dispatch import UnsupportedError
 from ..policies.policy import DEFAULT, Policy
 from .call import Call, refusal
 

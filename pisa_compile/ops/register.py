@@ -2,7 +2,7 @@
 
 Two ops, because the number of results is part of a schema: `attention` returns the output,
 `attention_with_lse` the output and its log-sum-exp. What runs them is decided in
-`kernels.dispatch`, when they run.
+`ops.dispatch`, when they run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..kernels import dispatch
 from ..kernels.params import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_ORDER,
@@ -22,7 +21,7 @@ from ..kernels.params import (
     AttentionParams,
     Settings,
 )
-from . import observation, validation
+from . import dispatch, observation, validation
 from .flops import attention_flops
 
 # One schema text for both ops. Keyword-only settings keep traced graphs readable. Torch leaves an
@@ -109,17 +108,16 @@ def _checked(
     given = _named(settings)
     validation.check_call(
         query, key, value, attn_mask, density, permutation, scale=scale, enable_gqa=enable_gqa,
-        settings={**given, "impl": impl},
+        settings=vars(given) | {"impl": impl},
     )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return AttentionParams(scale=scale, **given), impl
+    return given.scaled(scale), impl
 
 
-def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the op as fields of `Settings`; those that are open have the defaults."""
+def _named(settings: Mapping[str, Any]) -> Settings:
+    """Arguments of the op as settings, not checked; those that are open have the defaults."""
     given = {name: value for name, value in settings.items() if value is not None}
-    exact = given.pop("exact_prefix", 0), given.pop("exact_suffix", 0)
-    return {**_DEFAULTS, **given, "exact": exact}
+    return Settings.from_arguments({**_DEFAULTS, **given})
 
 
 attention = torch.library.custom_op(
@@ -168,5 +166,4 @@ def _flop_formula(
     site: int | None = None,
     **settings: Any,
 ) -> int:
-    given = Settings(**_named(settings))
-    return attention_flops(query_shape, key_shape, value_shape, given)
+    return attention_flops(query_shape, key_shape, value_shape, _named(settings))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.curves import CURVES
-from ..kernels.dispatch import IMPLEMENTATIONS
 from ..kernels.params import BLOCK_SIZES, ORDERS, ROUTINGS
+from .dispatch import IMPLEMENTATIONS
 
 
 def check_sparsity(sparsity: Any) -> None:

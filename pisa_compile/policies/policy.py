@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..kernels.dispatch import UnsupportedError
 from ..kernels.params import DEFAULT_BLOCK_SIZE, DEFAULT_ORDER, DEFAULT_ROUTING, SETTINGS, Settings
 from ..ops import validation
+from ..ops.dispatch import UnsupportedError
 from .annotation import Annotation
 from .schedule import Schedule, Step
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..kernels.testing import relative_l2
 from ..ops.observation import Call, observed
 from ..policies.policy import Policy
 from ..report.compilation import check_not_compiled
@@ -280,10 +281,9 @@ def _result(
     with observed(observe), recording() as active:
         results = [flat(run(compiled, input_)) for input_ in inputs]
     out, expected = torch.cat(results).double(), torch.cat(dense).double()
-    finite = bool(out.isfinite().all())
     return PolicyResult(
         name=name,
-        error=_ratio((out - expected).norm(), expected.norm()) if finite else float("inf"),
+        error=relative_l2(out, expected),
         cosine=float(torch.cosine_similarity(out, expected, dim=0)),
         sites=tuple(
             sorted((sums.of(module) for module, sums in found.items()), key=lambda s: -s.error)

@@ -265,7 +265,7 @@ def test_schedules_follow_the_steps_of_a_pipeline(run) -> None:
     _, report = run(
         """
         import diffusers
-        from tests.test_cli_run import tiny_pipeline
+        from tests.cli.test_script import tiny_pipeline
         pipe = tiny_pipeline()
         # A scheduler that the pipeline gets later is followed too.
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)

@@ -17,9 +17,9 @@ from diffusers import ContextParallelConfig
 from torch import Tensor, nn
 
 from pisa_compile.integrations.diffusers import register
-from pisa_compile.kernels import dispatch
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import relative_l2
+from pisa_compile.ops import dispatch
 from tests.diffusers_models import CASES, Case, outputs
 
 from .launch import Scenario

@@ -246,3 +246,19 @@ def test_navigation_leaves_out_what_does_not_exist(tmp_path: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"- (?:\w+: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
     assert {page.name for page in PAGES} <= set(listed)
+
+
+def test_the_walks_in_the_design_lead_through_files_and_functions_that_exist() -> None:
+    text = (ROOT / "DESIGN.md").read_text()
+    hops = re.findall(r"^\d+\. (?:`([\w/.]+)` )`?([\w.]*)", text, flags=re.MULTILINE)
+    assert len(hops) >= 20
+    for path, function in hops:
+        file = next(
+            (ROOT / top / path for top in ("", "pisa_compile") if (ROOT / top / path).exists()),
+            None,
+        )
+        assert file is not None, path
+        sources = file.rglob("*.py") if file.is_dir() else [file]
+        name = function.split(".")[-1]
+        found = any(re.search(rf"(def|class) {name}\b", source.read_text()) for source in sources)
+        assert found, f"{path} has no {function}"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pisa_compile as pisa
+from pisa_compile.ops.observation import Call, observed
 
 transformers = pytest.importorskip("transformers")
 
-from pisa_compile.integrations import call as calls  # noqa: E402
 from pisa_compile.integrations import transformers as integration  # noqa: E402
 
 SETTINGS = {"min_tokens": 0, "block_size": 16}
@@ -64,13 +63,11 @@ def _sharp(model: nn.Module) -> nn.Module:
 def counted() -> Iterator[list[int]]:
     """How many calls went to the op inside."""
     count = [0]
-    attention = calls.attention
 
-    def counting(*args: object, **kwargs: object) -> object:
+    def observe(call: Call) -> None:
         count[0] += 1
-        return attention(*args, **kwargs)
 
-    with mock.patch.object(calls, "attention", counting):
+    with observed(observe):
         yield count
 
 

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 from examples.pipelines.tiny import TEXT_TOKENS, TinyPipeline
-from pisa_compile.kernels import dispatch
+from pisa_compile.ops import dispatch
 from tests.diffusers_models.case import randomise
 
 from .features import FEATURES, STEPS, Feature

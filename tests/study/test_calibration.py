@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import pisa_compile as pisa
 from pisa_compile.cost import Workload
+from pisa_compile.kernels.testing import relative_l2
 from pisa_compile.policies.file import load_policy, save_policy
 from pisa_compile.policies.policy import DEFAULT
 from pisa_compile.study.calibration.allocation import allocate, allocate_error
-from pisa_compile.study.calibration.errors import ErrorTable, SiteErrors, relative_l2
+from pisa_compile.study.calibration.errors import ErrorTable, SiteErrors
 from pisa_compile.study.calibration.plan import Plan
 from pisa_compile.study.calibration.sensitivity import fit_factors, step_groups
 
@@ -188,7 +189,7 @@ def test_a_saved_calibration_acts_like_an_applied_one(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
     torch.testing.assert_close(outputs[2], outputs[0], rtol=0, atol=0)
     with torch.no_grad():
-        assert relative_l2([outputs[0]], [generate(uneven(), 5)]) > 1e-4  # it did something
+        assert relative_l2(outputs[0], generate(uneven(), 5)) > 1e-4  # it did something
 
 
 def test_a_site_that_a_cache_skips_keeps_its_schedule_in_step() -> None:
@@ -294,8 +295,9 @@ def test_policies_by_name_need_the_whole_model() -> None:
 CLI_MODULE = """
 import torch
 import pisa_compile as pisa
+from pisa_compile.kernels.testing import relative_l2
 from tests import models
-from tests.test_calibration import generate, uneven
+from tests.study.test_calibration import generate, uneven
 seeds = [1, 2, 3]
 """
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.testing import relative_l2
 from ...policies.policy import DEFAULT, Policy
 from ...report.compilation import check_not_compiled
 from ..stand_ins import Generate
-from .errors import relative_l2
 from .pipelines import of_pipeline
 from .plan import Plan, measured
 from .progress import progress
@@ -104,7 +104,9 @@ def calibrate(
             named = {"policy": policies}
             found = [run(x, named) for x in bar.track(held_out, "held-out, calibrated")]
             evenly = [run(x, {"sparsity": even}) for x in bar.track(held_out, "held-out, uniform")]
-            delivered, uniform = relative_l2(found, expected), relative_l2(evenly, expected)
+            whole = torch.cat(expected)
+            delivered = relative_l2(torch.cat(found), whole)
+            uniform = relative_l2(torch.cat(evenly), whole)
     return Calibration(
         policies=policies,
         mean_density=plan.mean_density(chosen),

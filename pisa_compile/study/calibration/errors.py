@@ -5,7 +5,7 @@ Query, key and value are used where they occur and never kept, so memory is boun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cost import Workload
-from ...kernels import dispatch
+from ...ops import dispatch
 from ...ops.observation import Call, observed
 from ...policies.policy import Policy
 from ...report.names import ModuleNames
@@ -104,13 +104,3 @@ def _add(table: ErrorTable, name: str, step: int, call: Call, base: Policy) -> N
 def _energy(x: Tensor) -> Tensor:
     """Sum of squares per head of [B, H, T, E], on the host. [H]"""
     return x.square().sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
-
-
-def relative_l2(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Root of the summed squared differences over that of the summed squares."""
-    difference = sum(
-        float((a.double() - b.double()).square().sum())
-        for a, b in zip(results, expected, strict=True)
-    )
-    signal = sum(float(b.double().square().sum()) for b in expected)
-    return float((difference / max(signal, 1e-300)) ** 0.5)

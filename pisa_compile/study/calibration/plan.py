@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ... import cost
 from ...kernels.params import AttentionParams
+from ...kernels.testing import relative_l2
 from ...ops.observation import densities_from
 from ...policies.policy import DENSE, Policy
 from ...policies.schedule import Schedule
 from ...report.names import ModuleNames
 from ...steps.clock import current_step
 from .allocation import allocate, allocate_error
-from .errors import ErrorTable, SiteErrors, measuring, relative_l2
+from .errors import ErrorTable, SiteErrors, measuring
 from .progress import Progress
 from .runner import Runner
 from .sensitivity import fit_factors, step_groups
@@ -100,7 +101,7 @@ class Plan:
                 return torch.tensor(_PROBE if mine else 1.0, device=run_device)
 
             with densities_from(density):
-                return relative_l2([run(input_)], [dense]) ** 2
+                return relative_l2(run(input_), dense) ** 2
 
         run_device = next(iter(self.table.sites.values())).device
         count = int(groups.max()) + 1

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from pisa_compile.kernels import dispatch, triton
+from pisa_compile.kernels import triton
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import Inputs, random_inputs
 from pisa_compile.kernels.triton import configs, tune
@@ -19,6 +19,7 @@ from pisa_compile.kernels.triton.compile_check import launches_of
 from pisa_compile.kernels.triton.geometry import Device
 from pisa_compile.kernels.triton.launcher import check
 from pisa_compile.kernels.triton.plan import plan
+from pisa_compile.ops import dispatch
 
 PARAMS = AttentionParams(scale=0.1)
 INPUTS = random_inputs(batch=2, heads=4, kv_heads=2, query_len=100)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference
-from .params import MAX_KERNEL_BLOCKS, AttentionParams, Settings, block_count
+from ..kernels import reference
+from ..kernels.params import MAX_KERNEL_BLOCKS, AttentionParams, Settings, block_count
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 MAX_HEAD_DIM = 256
@@ -41,11 +41,11 @@ def attention(
     name = _resolve(query, value, params, impl)
     run: Callable[..., tuple[Tensor, Tensor]] = reference.attention
     if name == "cpu":
-        from . import cpu
+        from ..kernels import cpu
 
         run = cpu.attention
     elif name == "triton":
-        from . import triton
+        from ..kernels import triton
 
         run = triton.attention
     return run(query, key, value, key_mask, params, density=density, permutation=permutation)
