@@ -32,6 +32,7 @@ import torch
 from gpu_timing import Run, Timer
 from torch import Tensor
 
+from benchmarks import records
 from pisa_compile.kernels import reference
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2
@@ -102,7 +103,7 @@ def main() -> int:
         print("\n".join(["not measured, because results are wrong:", *failures]), file=sys.stderr)
         return 1
     record: dict[str, Any] = {
-        "environment": gpu_timing.environment(device, ROOT, device_of(device).arch),
+        "environment": gpu_timing.environment(device, device_of(device).arch),
         "checks": checks,
         "results": [],
     }
@@ -115,7 +116,7 @@ def main() -> int:
             print(_line(result), flush=True)
             _write(arguments.output, record)
     record["permutation"] = measure_permutation(shapes, device, timer)
-    record["environment_after"] = gpu_timing.environment(device, ROOT, device_of(device).arch)
+    record["environment_after"] = gpu_timing.environment(device, device_of(device).arch)
     _write(arguments.output, record)
     if arguments.output:
         print(f"written to {arguments.output}")
@@ -125,7 +126,7 @@ def main() -> int:
 def _write(path: Path | None, record: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(path, record)
 
 
 def check_features(device: torch.device, smoke: bool) -> list[dict[str, Any]]:

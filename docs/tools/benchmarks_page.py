@@ -74,7 +74,7 @@ Inductor takes on the same graphs. It grows in proportion to the graph:
 |---:|---:|---:|
 {growth}
 
-{passes["machine"]}, torch {passes["torch"]}. Record `pass_time.json`, by
+{passes["environment"]["machine"]}, torch {passes["environment"]["torch"]}. Record `pass_time.json`, by
 `python benchmarks/pass_time.py`.
 """
 

@@ -105,7 +105,8 @@ def is_fresh(name: str) -> bool:
 
     Composite functions are not asked: they call others, and what these return they may return.
     """
-    if name in _MAY_RETURN_AN_INPUT or name.startswith("."):
+    views = REARRANGEMENTS | PICKS | SPLITS | SAME | INTEGER_CASTS
+    if name in _MAY_RETURN_AN_INPUT | views or name.startswith("."):
         return False
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
