@@ -184,7 +184,7 @@ def matmul_tflops(timer: Timer, device: torch.device) -> float:
 def environment(device: torch.device, architecture: str) -> dict[str, Any]:
     fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     return records.environment(
-        "python benchmarks/gpu.py",
+        "python -m benchmarks.gpu",
         gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
         architecture=architecture,
         clocks=_ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv"),
