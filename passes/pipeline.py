@@ -24,10 +24,10 @@ from .masks.padding import Padding
 from .match.external import ExternalKernel
 from .match.flex import FlexAttention
 from .match.grouped import without_copies
-from .match.handwritten import HandWrittenAttention
-from .match.opaque import expand, inline, inputs_of, is_opaque
+from .match.opaque import expand, inline, inputs_of, is_opaque, out_of_reach
 from .match.sdpa import ScaledDotProductAttention
 from .match.spelling import GraphFacts, Spelling
+from .match.written import HandWrittenAttention
 from .replace.density_input import DensityInput, add_density_input
 from .replace.numbers import mark_body, number_ops
 from .replace.regions import as_called, closed_region, common_operands, separate
@@ -229,6 +229,8 @@ class _Walk:
         return [as_called(decision, around) for decision in self.done[id(child)]]
 
     def opaque(self, node: fx.Node, facts: GraphFacts, number: int) -> list[Decision]:
+        if (near := out_of_reach(node)) is not None:
+            return [self.judge(near, facts).decision]
         expanded = expand(node)
         if expanded is None:
             return []

@@ -7,7 +7,7 @@ import dataclasses
 
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 
 from .passes import rewrite_attention
 from .policies.policy import Policy
@@ -38,6 +38,7 @@ def rewrite(program: ExportedProgram, policy: Policy | None = None) -> ExportedP
             "modules are compiled with torch.compile(model, backend='pisa')"
         )
     gm = copy.deepcopy(program.graph_module)
+    _name_constants(program, gm.graph)
     rewrite_attention(gm, policy or Policy(), inference=True, presets=Presets())
     rewritten = ExportedProgram(
         root=gm,
@@ -52,6 +53,14 @@ def rewrite(program: ExportedProgram, policy: Policy | None = None) -> ExportedP
     )
     rewritten.validate()  # type: ignore[no-untyped-call]
     return rewritten
+
+
+def _name_constants(program: ExportedProgram, graph: fx.Graph) -> None:
+    """Leave tensors that the program itself holds at the inputs that stand for them."""
+    inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR and spec.target in program.constants:
+            inputs[spec.arg.name].meta["constant"] = program.constants[spec.target]
 
 
 def _renamed(signature: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:

@@ -17,7 +17,7 @@ _LETTERS = string.ascii_letters
 
 @dataclass(frozen=True)
 class Product:
-    """`factor * einsum("left,right->out", left, right) + addend`.
+    """`factor * einsum("left,right->out", left, right) + addend_factor * addend`.
 
     Letters stand for dimensions; "." is a dimension of size 1 that broadcasts.
     """
@@ -30,6 +30,7 @@ class Product:
     out_letters: str
     factor: Any = 1.0
     addend: fx.Node | None = None
+    addend_factor: Any = 1.0
 
     @property
     def sides(self) -> tuple[tuple[fx.Node, str], tuple[fx.Node, str]]:
@@ -44,8 +45,8 @@ def product_of(node: Any) -> Product | None:
     if call.name in ("matmul", "bmm", "mm"):
         names = ("mat2", "other", "tensor2")
         return _matmul(node, call.argument(0, "input"), call.argument(1, *names))
-    if call.name == "baddbmm":
-        return _baddbmm(node, call)
+    if call.name in ("baddbmm", "addmm"):
+        return _with_addend(node, call)
     if call.name == "einsum":
         return _einsum(node, call)
     return None
@@ -63,16 +64,16 @@ def _matmul(node: fx.Node, left: Any, right: Any) -> Product | None:
     return _checked(node, left, right, left_batch + "ac", right_batch + "cb", batch + "ab")
 
 
-def _baddbmm(node: fx.Node, call: Call) -> Product | None:
-    addend, left, right = (
-        call.argument(i, name) for i, name in enumerate(("input", "batch1", "batch2"))
-    )
+def _with_addend(node: fx.Node, call: Call) -> Product | None:
+    names = (("input",), ("batch1", "mat1"), ("batch2", "mat2"))
+    addend, left, right = (call.argument(i, *name) for i, name in enumerate(names))
     product = _matmul(node, left, right)
-    beta = call.argument(3, "beta", default=1)
-    if product is None or beta not in (0, 1):
+    if product is None:
         return None
-    factor = call.argument(4, "alpha", default=1)
-    return Product(**(vars(product) | {"factor": factor, "addend": addend if beta == 1 else None}))
+    beta = call.argument(3, "beta", default=1)
+    given = {"factor": call.argument(4, "alpha", default=1), "addend_factor": beta}
+    given["addend"] = None if isinstance(beta, (int, float)) and beta == 0 else addend
+    return Product(**(vars(product) | given))
 
 
 def _einsum(node: fx.Node, call: Call) -> Product | None:

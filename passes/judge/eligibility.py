@@ -8,6 +8,7 @@ from ...policies.policy import Policy
 from ..graph.fake import example, four_sizes
 from ..masks.padding import Padding
 from ..sites.site import AttentionSite, NearMiss
+from ..tokens.channels import attends_channels
 from ..tokens.exchange import exchanges_joint_shares
 from ..tokens.joint import is_joint
 from . import rules
@@ -37,6 +38,7 @@ def candidate_of(
         joint=not nested
         and not statically_known_true(query.shape[2] == key.shape[2])
         and is_joint(site),
+        channels=not nested and attends_channels(site),
         mask=padding if isinstance(padding, str) else None,
         alternating=exchanges_joint_shares(site),
     )

@@ -59,6 +59,7 @@ class Candidate:
         gradients: whether any will be asked for.
         joint: the keys are the tokens of the queries and others; asked where lengths differ.
         mask: why its mask does more than to remove keys, or None.
+        channels: channels attend channels, over a product that sums the tokens.
         alternating: ranks exchange their shares of several joined sequences, which then alternate.
     """
 
@@ -71,6 +72,7 @@ class Candidate:
     dropout: bool = False
     gradients: bool = False
     joint: bool = False
+    channels: bool = False
     mask: str | None = None
     alternating: bool = False
 
@@ -96,9 +98,10 @@ def refusal(candidate: Candidate, policy: Policy) -> str | None:
 
 def is_expected(candidate: Candidate, policy: Policy) -> bool:
     """Whether nobody would expect the attention to be sparse, whatever its spelling: by its policy,
-    or because sparsity is not meant for cross-attention and sequences too short to gain.
+    or because sparsity is not meant for cross-attention, for channels, and for sequences too short
+    to gain.
     """
-    if not policy.enabled:
+    if not policy.enabled or candidate.channels:
         return True
     least, _ = least_tokens(candidate, policy)
     length, keys = candidate.query.sizes[-2], candidate.key.sizes[-2]
@@ -171,6 +174,11 @@ def _operand_refusal(candidate: Candidate) -> str | None:
 
 
 def _kind_refusal(candidate: Candidate) -> str | None:
+    if candidate.channels:
+        return (
+            "it attends channels, not tokens: query and key are multiplied along the tokens, "
+            "so there are no far tokens to approximate"
+        )
     if candidate.is_causal:
         return "it is causal; only bidirectional attention is approximated"
     if candidate.dropout:

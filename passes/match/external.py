@@ -14,7 +14,10 @@ from .spelling import GraphFacts, Spelling
 _WORDS = ("attention", "attn", "fmha", "flash")
 _OTHER_WORDS = ("backward", "bwd", "rotary", "rope", "norm", "mask", "cache")
 # Recognised elsewhere, or not attention at all.
-_KNOWN = ("pisa", "aten::scaled_dot_product_attention", "aten::_transformer_encoder_layer_fwd")
+_KNOWN = (
+    *("pisa", "aten::scaled_dot_product_attention", "aten::_transformer_encoder_layer_fwd"),
+    "aten::_scaled_dot_product",
+)
 
 
 def attention_kernel(target: Any) -> str | None:

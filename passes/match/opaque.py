@@ -17,11 +17,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..graph.fake import example, is_tensor
 from ..graph.writes import is_in_place
+from ..sites.site import NearMiss
+from .transforms import transform_of
 
 
 def is_opaque(node: fx.Node) -> bool:
     """Whether attention may be hidden inside the one call that `node` makes."""
     return node.op == "call_function" and node.target in _EQUIVALENTS
+
+
+def out_of_reach(node: fx.Node) -> NearMiss | None:
+    """The attention of an opaque node that cannot be traced, and why."""
+    reason = transform_of(node.all_input_nodes)
+    if reason is None:
+        return None
+    given = [x for x in node.args[:3] if is_tensor(x)]
+    query, key, value = given if len(given) == 3 else node.all_input_nodes[:1] * 3
+    return NearMiss(node, query, key, value, reason)
 
 
 def expand(node: fx.Node) -> fx.GraphModule | None:

@@ -1,7 +1,11 @@
-"""`F.scaled_dot_product_attention`, one node in a Dynamo graph on every device."""
+"""`F.scaled_dot_product_attention`, one node in a Dynamo graph on every device.
+
+Programs that were decomposed for a device hold the operator of that device's kernel instead.
+"""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,15 +13,24 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx
 
 from ..graph.axes import Step
-from ..graph.fake import example, is_zero, number
+from ..graph.fake import example, is_tensor, is_zero, number
 from ..sites.site import AttentionSite, Mask, NearMiss, View
 from .spelling import GraphFacts, Spelling
+from .transforms import transform_of
 
 _TARGETS = (
     F.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
+# What it becomes on a device: several results, the first of which is that of the attention.
+_KERNELS = {
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+    *("_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable"),
+    "_scaled_dot_product_attention_math_for_mps",
+}
+_NAMES = {"attn_bias": "attn_mask"}
 _PARAMETERS = {
     "query": None,
     "key": None,
@@ -32,39 +45,71 @@ _PARAMETERS = {
 
 class ScaledDotProductAttention(Spelling):
     def match(self, node: fx.Node, facts: GraphFacts) -> AttentionSite | NearMiss | None:
-        if node.op != "call_function" or node.target not in _TARGETS:
+        given = _arguments(node)
+        if given is None:
             return None
-        given: dict[str, Any] = (
-            _PARAMETERS | dict(zip(_PARAMETERS, node.args, strict=False)) | node.kwargs
-        )
         inputs = given["query"], given["key"], given["value"]
+        end, *unread = (node,) if is_tensor(node) else _results(node) or (None,)
+        if end is None:
+            return NearMiss(node, *inputs, "more than its output is used, such as its log-sum-exp")
+        reason = transform_of((*inputs, given["attn_mask"], end))
+        if reason is None and given.get("dropout_mask") is not None:
+            reason = "it is given a mask of its dropout; call model.eval() first"
         layout = _layout(*map(example, inputs))
         if layout is None:
             reason = "query, key and value have different or unknown leading dimensions"
-            return NearMiss(node, *inputs, reason)
+        mask = given["attn_mask"]
+        steps = None if mask is None else _mask_steps(example(mask).dim(), example(end).dim())
+        if mask is not None and steps is None:
+            reason = "its mask has more dimensions than [B, 1, Tq, Tk]; flatten the batch"
+        if reason is not None:
+            return NearMiss(end, *inputs, reason)
+        assert layout is not None
         to_four, back = layout
         masks: tuple[Mask, ...] = ()
-        if given["attn_mask"] is not None:
-            steps = _mask_steps(example(given["attn_mask"]).dim(), example(node).dim())
-            if steps is None:
-                reason = "its mask has more dimensions than [B, 1, Tq, Tk]; flatten the batch"
-                return NearMiss(node, *inputs, reason)
-            boolean = example(given["attn_mask"]).dtype == torch.bool
-            masks = (Mask("allow" if boolean else "add", View(given["attn_mask"], steps)),)
+        if steps is not None:
+            boolean = example(mask).dtype == torch.bool
+            masks = (Mask("allow" if boolean else "add", View(mask, steps)),)
         query, key, value = (View(x, to_four) for x in inputs)
         return AttentionSite(
-            node=node,
+            node=end,
             query=query,
             key=key,
             value=value,
-            dtype=example(node).dtype,
+            dtype=example(end).dtype,
             masks=masks,
             dropout=not is_zero(given["dropout_p"]),
             is_causal=bool(given["is_causal"]),
             scale=number(given["scale"]),
             enable_gqa=bool(given["enable_gqa"]),
             result=back,
+            interior=() if end is node else (node, *unread),
         )
+
+
+def _arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of scaled_dot_product_attention, or of a kernel of it, by its names."""
+    if node.op != "call_function":
+        return None
+    if node.target in _TARGETS:
+        return _PARAMETERS | dict(zip(_PARAMETERS, node.args, strict=False)) | node.kwargs
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    if target._opname not in _KERNELS:
+        return None
+    names = [argument.name for argument in target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return _PARAMETERS | {_NAMES.get(name, name): value for name, value in given.items()}
+
+
+def _results(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What picks results of a kernel, that of the attention first; () if others are read too."""
+    picked = [user for user in node.users if user.target is operator.getitem]
+    read = [user for user in picked if user.users]
+    if len(picked) != len(node.users) or len(read) != 1 or read[0].args[1] != 0:
+        return ()
+    return (*read, *(user for user in picked if not user.users))
 
 
 def _layout(

@@ -15,6 +15,7 @@ from ..sites.site import AttentionSite
 from ..tokens.plan import TokenPlan, Tokens
 from .density_input import MARK, Scheduled
 from .numbers import mark_op
+from .stand_ins import erase_unread, give_stand_ins
 
 
 def substitute(
@@ -26,6 +27,7 @@ def substitute(
         number: of the decision, among those of the graph.
     """
     node = site.node
+    readers = give_stand_ins(site)
     with node.graph.inserting_before(node):
         out = _result(site, _attention(site, plan, padding, tokens, number))
     node.replace_all_uses_with(out)
@@ -33,6 +35,7 @@ def substitute(
     for inner in sorted(site.interior, reverse=True):
         if not inner.users:
             inner.graph.erase_node(inner)
+    erase_unread(readers)
 
 
 def _attention(

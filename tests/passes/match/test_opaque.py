@@ -81,6 +81,22 @@ def test_multihead_attention(name: str) -> None:
     assert not [n for n in result.graphs[0].graph.nodes if "multi_head" in str(n.target)]
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("weights", [False, True], ids=["output", "weights"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero"])
+def test_more_keys_than_tokens(bias: bool, zero: bool, weights: bool, padded: bool) -> None:
+    """Equal or dense with a reason, never silent."""
+    module = attention(add_bias_kv=bias, add_zero_attn=zero)
+    blocked = padding() if padded else None
+    result = rewrite(
+        lambda x: module(x, x, x, key_padding_mask=blocked, need_weights=weights)[0], tokens()
+    )
+    assert len(result.decisions) == 1
+    assert len(result.ops) + len(result.reasons) == 1
+    assert result.error < 1e-5
+
+
 def test_multihead_attention_with_dynamic_length() -> None:
     module = attention()
     result = rewrite(lambda x: module(x, x, x)[0], tokens(), dynamic_dims=(1,))

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 import pisa_compile as pisa
+from benchmarks.diffusers_models import CASES, Case
 from pisa_compile import backend
 from pisa_compile.caller import tokens_of_caller
 from pisa_compile.kernels.curves import curve
@@ -21,7 +22,6 @@ from pisa_compile.ops.token_order import NO_CALLER, CallerTokens
 from pisa_compile.policies.policy import Policy
 from pisa_compile.report.explain import _policy_text
 
-from ...diffusers_models import CASES, Case
 from ..tracing import Rewritten, check_metadata, rewrite
 
 WIDTH, HEADS, TEXT = 16, 2, 10

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..graph.writes import Writes
+from ...graph.shape_readers import reads_shape, stand_in_sizes
+from ...graph.writes import Writes
 from .chain import Chain, MismatchError
 
 
 def closed_interior(
-    chain: Chain, product: fx.Node, weights: set[fx.Node], result: fx.Node
+    chain: Chain,
+    product: fx.Node,
+    weights: set[fx.Node],
+    result: fx.Node,
+    sources: tuple[fx.Node, ...],
 ) -> tuple[fx.Node, ...]:
     """All nodes of the spelling but the last, in order.
 
     Args:
         chain: from the product of query and key to the softmax.
         weights: the nodes of the softmax and those between it and the product with the values.
+        sources: tensors that stay, from whose sizes those of the scores can be read.
 
     Raises:
         MismatchError: another node reads one of them.
@@ -26,7 +32,7 @@ def closed_interior(
     inside = scores | weights
     for node in inside:
         for user in node.users:
-            if user in inside or user is result:
+            if user in inside or user is result or _can_do_without(user, node, sources):
                 continue
             what = "attention weights are" if node in weights else "scores are"
             raise MismatchError(
@@ -34,6 +40,10 @@ def closed_interior(
                 "(need_weights=False, output_attentions=False)"
             )
     return tuple(sorted(inside))
+
+
+def _can_do_without(user: fx.Node, node: fx.Node, sources: tuple[fx.Node, ...]) -> bool:
+    return reads_shape(user, node) and stand_in_sizes(node, sources) is not None
 
 
 def check_unchanged(
@@ -60,7 +70,7 @@ def _row_statistics(node: fx.Node, scores: set[fx.Node]) -> set[fx.Node]:
         if node in scores:
             return passed
         passed.add(node)
-        sources = node.all_input_nodes
+        sources = [x for x in node.all_input_nodes if not reads_shape(node, x)]
         if len(sources) != 1:
             break
         node = sources[0]
