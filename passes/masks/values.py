@@ -130,9 +130,11 @@ class ValueFacts:
         reinterprets = (
             any(isinstance(x, torch.dtype) for x in call.args) and call.name in REARRANGEMENTS
         )
-        if call.in_place or reinterprets:
+        if reinterprets:
             return None
-        return first if call.name in CASTS | _ELEMENTS or _picks(node) else None
+        if call.name in CASTS:  # `detach_` among them
+            return first
+        return first if not call.in_place and (call.name in _ELEMENTS or _picks(node)) else None
 
     def _chosen(self, call: Call, node: fx.Node) -> Domain | None:
         """Elements of one of two sources; of one alone where the choice is known."""
