@@ -15,7 +15,11 @@ from torch import fx
 
 from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor, sizes
+<<<<<<< HEAD
 from ...graph.operations import JOINS, REARRANGEMENTS, SAME
+=======
+from ...graph.operations import REARRANGEMENTS, SAME
+>>>>>>> wt-match
 from ...graph.product import product_of
 from ...graph.shape_readers import reads_shape
 from ...graph.writes import UnknownValueError, Writes, written_by
@@ -23,9 +27,12 @@ from ...graph.writes import UnknownValueError, Writes, written_by
 # Long enough for scores that are scaled, masked, cast and viewed several times each.
 _LENGTH = 16
 _MOST_PATHS = 6
+<<<<<<< HEAD
 _VIEWS = REARRANGEMENTS | {"getitem"}
+=======
+>>>>>>> wt-match
 _EITHER = {"add", "mul", "sub", "rsub"}  # the path may run through either operand
-_FIRST = {"div", "masked_fill", "setitem", "negative"}
+_FIRST = {"div", "masked_fill", "setitem", "negative", "getitem"}
 _ALSO_EITHER = {"div", "maximum", "minimum", "pow", "floordiv", "addcmul", "addcdiv", "lerp"}
 _ENDS = {"softmax", "log_softmax", "softmin", "embedding"}  # of what could be one attention
 _REDUCTIONS = {"sum", "mean", "max", "min", "prod", "argmax", "norm", "logsumexp", "any", "all"}
@@ -127,7 +134,7 @@ def operands(node: fx.Node, through_anything: bool = False) -> tuple[Any, ...]:
         return call.args[:2]
     if call.name == "where":
         return (chosen(call) or ())[1:]
-    if call.name in _FIRST | _VIEWS | SAME:
+    if call.name in _FIRST | REARRANGEMENTS | SAME:
         return call.args[:1]
     return _any_operands(node, call) if through_anything else ()
 

@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 from pisa_compile.kernels import triton
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import random_inputs
-from pisa_compile.kernels.triton import configs, tune
+from pisa_compile.kernels.triton import configs
 from pisa_compile.kernels.triton.geometry import Device
 from pisa_compile.kernels.triton.plan import plan
+from pisa_compile.kernels.triton.tools import tune
 from pisa_compile.kernels.triton.tools.compile_check import launches_of
 from pisa_compile.ops import dispatch
 
