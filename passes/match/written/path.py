@@ -15,11 +15,7 @@ from torch import fx
 
 from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor, sizes
-<<<<<<< HEAD
 from ...graph.operations import JOINS, REARRANGEMENTS, SAME
-=======
-from ...graph.operations import REARRANGEMENTS, SAME
->>>>>>> wt-match
 from ...graph.product import product_of
 from ...graph.shape_readers import reads_shape
 from ...graph.writes import UnknownValueError, Writes, written_by
@@ -27,10 +23,6 @@ from ...graph.writes import UnknownValueError, Writes, written_by
 # Long enough for scores that are scaled, masked, cast and viewed several times each.
 _LENGTH = 16
 _MOST_PATHS = 6
-<<<<<<< HEAD
-_VIEWS = REARRANGEMENTS | {"getitem"}
-=======
->>>>>>> wt-match
 _EITHER = {"add", "mul", "sub", "rsub"}  # the path may run through either operand
 _FIRST = {"div", "masked_fill", "setitem", "negative", "getitem"}
 _ALSO_EITHER = {"div", "maximum", "minimum", "pow", "floordiv", "addcmul", "addcdiv", "lerp"}
