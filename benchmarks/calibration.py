@@ -11,15 +11,11 @@ the picture and the table of docs/calibration.md from a record.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pisa_compile as pisa
+from benchmarks import records
 from examples.photo_dit.data import NAMES
 from examples.photo_dit.demo import psnr
 from examples.photo_dit.sampling import euler_step, noise, time_grid
@@ -59,7 +56,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 steps, one picture, one sparsity")
     arguments = parser.parse_args()
     if arguments.draw:
-        record = json.loads(arguments.draw.read_text())
+        record = records.read(arguments.draw)
         plot(record, PICTURE)
         PAGE.write_text(page(record, PAGE.read_text()))
         return
@@ -70,7 +67,7 @@ def main() -> None:
 
 def save(record: dict[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(path, record)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -78,10 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sparsities = SPARSITIES[1:2] if arguments.quick else SPARSITIES
     pictures = PICTURES[:1] if arguments.quick else PICTURES
     record: dict[str, Any] = {
-        "command": "python benchmarks/calibration.py",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        "environment": records.environment("python benchmarks/calibration.py"),
         "steps": steps,
         "pictures": [{"seed": seed, "label": NAMES[label]} for seed, label in pictures],
         "results": [],

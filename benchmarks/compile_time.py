@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import subprocess
@@ -24,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import records
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "deployment.md"
@@ -51,10 +54,7 @@ def main() -> None:
         "benchmark": "compile_time",
         "model": "FluxTransformer2DModel, 2 heads of 16, 80 tokens",
         "double_and_single_blocks": CASES,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_at_start": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "commit": _commit(),
+        "environment": records.environment("python benchmarks/compile_time.py"),
         "measurements": [
             measurement
             for case in CASES
@@ -62,10 +62,9 @@ def main() -> None:
             for measurement in pair(case, backend)
         ],
     }
-    text = json.dumps(record, indent=2)
-    print(text)
+    print(records.text(record))
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n")
+        records.write(arguments.output, record)
         PAGE.write_text(page(record, PAGE.read_text()))
 
 
@@ -76,6 +75,7 @@ def page(record: dict[str, Any], old: str) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
+    about = record["environment"]
     lines = [
         "| compiled | backend | caches | CPU seconds | wall seconds | new graphs | from a cache |",
         "|---|---|---|--:|--:|--:|--:|",
@@ -90,8 +90,8 @@ def table(record: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"First call of {record['model']} in a fresh process; {record['machine']}, torch "
-        f"{record['torch']}, commit {record['commit']}, load average {record['load_at_start']:.0f} "
+        f"First call of {record['model']} in a fresh process; {about['machine']}, torch "
+        f"{about['torch']}, commit {about['commit']}, load average {about['load_before'][0]:.0f} "
         "at the start. CPU seconds include the C++ compiler's.",
     ]
     return "\n".join(lines)
@@ -145,12 +145,6 @@ def _cpu_seconds() -> float:
     """Of this process and of the children that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

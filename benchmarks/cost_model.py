@@ -9,11 +9,10 @@ are timed at every shape, interleaved. The error of a prediction is |predicted /
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
+import sys
 import time
-from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,6 +31,10 @@ from pisa_compile.kernels.params import Settings
 from pisa_compile.kernels.testing import random_inputs
 from pisa_compile.ops import dispatch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import records
+
 TOKENS = {"cpu": (700, 1536, 3000, 6144), "cuda": (3000, 6144, 16000, 32760)}
 HEADS = (3, 12)
 DENSITIES = (0.1, 0.3)
@@ -46,7 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = list(product(DTYPES, HEAD_DIMS))[: 1 if arguments.quick else None]
-    record: dict[str, Any] = {"environment": environment(device), "profiles": [], "results": []}
+    about = records.environment("python benchmarks/cost_model.py", device=device_name(device))
+    record: dict[str, Any] = {"environment": about, "profiles": [], "results": []}
     with torch.inference_mode():
         for name, head_dim in kinds:
             start = time.perf_counter()
@@ -66,19 +70,8 @@ def main() -> None:
     wrong = [r for r in record["results"] if (r["predicted_ratio"] > 1) != (r["ratio"] > 1)]
     record["wrong_decisions"] = len(wrong)
     if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(arguments.output, record)
     show(record)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load_before": os.getloadavg(),
-        "command": "python benchmarks/cost_model.py",
-    }
 
 
 def compare(

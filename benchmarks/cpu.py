@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from pisa_compile.kernels.cpu import native, torch_path
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2, specified
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import records
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS = (256, 1024)
@@ -53,7 +55,7 @@ def main() -> int:
     arguments = _arguments()
     console = Console()
     if arguments.markdown:
-        print(markdown(json.loads(arguments.markdown.read_text())))
+        print(markdown(records.read(arguments.markdown)))
         return 0
     if arguments.memory_of:
         print(json.dumps(peak_growth(json.loads(arguments.memory_of))))
@@ -68,9 +70,9 @@ def main() -> int:
 
     record: dict[str, Any] = {"results": []}
     if arguments.update:
-        record = json.loads(arguments.output.read_text())
+        record = records.read(arguments.output)
     record |= {
-        "environment": environment(arguments),
+        "environment": environment("python benchmarks/cpu.py", arguments.note),
         "sparsity": arguments.sparsity,
         "checks": checks,
     }
@@ -87,8 +89,7 @@ def main() -> int:
     record["environment"]["load_after"] = os.getloadavg()
     record["break_even_tokens"] = break_even(record["results"])
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(arguments.output, record)
     console.print(table(record))
     return 0
 
@@ -253,40 +254,8 @@ def break_even(results: list[dict[str, Any]]) -> dict[str, int | None]:
     return found
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--", "kernels")),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "instruction_set": native.variants()[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "load_before": os.getloadavg(),
-        "note": arguments.note,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    fields = dict(
-        tuple(part.strip() for part in line.split(":", 1))
-        for line in info.read_text().split("\n\n", 1)[0].splitlines()
-    )
-    name = fields.get("model name", platform.processor())
-    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip()
+def environment(command: str, note: str | None) -> dict[str, Any]:
+    return records.environment(command, instruction_set=native.variants()[0], note=note)
 
 
 COLUMNS = ("tokens", "head dim", "dtype", "SDPA", "native", "speed-up", "torch path", "speed-up")

@@ -13,7 +13,6 @@ elapsed time on all threads. Nothing is timed when a result is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -35,6 +34,10 @@ from pisa_compile.kernels import reference
 from pisa_compile.kernels.cpu import native
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import Inputs, random_inputs, relative_l2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import records
 
 SPARSITY = 0.875
 # tokens, head_dim, dtype
@@ -60,7 +63,7 @@ def main() -> int:
         console.print("not measured, because results are wrong:", wrong, style="red")
         return 1
     record: dict[str, Any] = {
-        "environment": environment(arguments),
+        "environment": environment("python benchmarks/cpu_features.py", arguments.note),
         "clock": arguments.clock,
         "threads": threads_of(arguments.clock),
         "sparsity": SPARSITY,
@@ -75,8 +78,7 @@ def main() -> int:
         record["results"].append(measure(tokens, head_dim, dtype, rounds, arguments.clock))
     record["environment"]["load_after"] = os.getloadavg()
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(arguments.output, record)
     console.print(table(record))
     return 0
 

@@ -12,11 +12,8 @@ the time is larger.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +25,10 @@ from torch import fx, nn
 
 from pisa_compile.passes import rewrite_attention
 from pisa_compile.policies.policy import Policy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import records
 
 POLICY = Policy(min_tokens=0)
 
@@ -42,18 +43,15 @@ def main() -> None:
     record: dict[str, Any] = {
         "benchmark": "pass_time",
         "model": "FluxTransformer2DModel, 19 double and 38 single blocks, 2 heads of 16",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": _commit(),
+        "environment": records.environment("python benchmarks/pass_time.py"),
         "growth": growth,
         "cpu_seconds_per_node_spread": _spread([g["cpu_seconds_per_node"] for g in growth]),
     }
     if not arguments.skip_inductor:
         record["compilation"] = measure_compilation()
-    text = json.dumps(record, indent=2)
-    print(text)
+    print(records.text(record))
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n")
+        records.write(arguments.output, record)
 
 
 def flux(double: int, single: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -150,12 +148,6 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 def _spread(values: list[float]) -> float:
     """Largest over smallest: 1 for perfectly linear growth."""
     return max(values) / min(values)
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ The formulas are in docs/scaling-out.md; change `ASSUMED` to the rates of anothe
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -152,6 +156,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     record = {
         "benchmark": "scaling",
+        "environment": records.environment("python benchmarks/scaling.py"),
         "kind": "arithmetic from shapes and assumed rates; nothing was measured",
         "rates": asdict(ASSUMED),
         "gpus": GPUS,
@@ -163,7 +168,7 @@ def main() -> None:
             "sparse": ring_tokens(ASSUMED, 1 - SPARSITY),
         },
     }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(RECORD, record)
     PAGE.write_text(page(record, PAGE.read_text()))
 
 

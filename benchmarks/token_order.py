@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -33,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.overrides import TorchFunctionMode
 
 import pisa_compile as pisa
+from benchmarks import records
 from examples.photo_dit.data import NAMES
 from examples.photo_dit.demo import psnr
 from examples.photo_dit.sampling import euler_step, noise, time_grid
@@ -64,18 +62,14 @@ def main() -> None:
     parser.add_argument("--labels", choices=NAMES, nargs="+", default=LABELS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    record = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    record["environment"] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "sparsity": SPARSITY,
-        "block_size": BLOCK,
-    }
+    record = records.read(arguments.output) if arguments.output.exists() else {}
+    record["environment"] = records.environment(
+        "python benchmarks/token_order.py", sparsity=SPARSITY, block_size=BLOCK
+    )
     with Progress() as progress, torch.no_grad():
         for part in arguments.only:
             record[part] = PARTS[part](arguments, progress)
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(arguments.output, record)
 
 
 def compactness(arguments: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:

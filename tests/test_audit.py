@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
 import pisa_compile as pisa
+from benchmarks.diffusers_models.audit import Coverage, record_eager
 
-from .diffusers_models.audit import Coverage, record_eager
 from .models import tiny, tokens
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pisa_compile as pisa
-
-from .diffusers_models import CASES, Case, outputs
+from benchmarks.diffusers_models import CASES, Case, outputs
 
 pytest.importorskip("diffusers")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .diffusers_models import CASES, diffusers_classes
-from .diffusers_models.measure import Row, UntraceableError, measure
+from benchmarks.diffusers_models import CASES, diffusers_classes
+from benchmarks.diffusers_models.measure import Row, UntraceableError, measure
 
 pytest.importorskip("diffusers")
 # The models belong to other libraries, and so do their deprecations.

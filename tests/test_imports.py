@@ -35,7 +35,11 @@ ROOMS: dict[str, set[str]] = {
     "passes.tokens": {"ops", "policies", "passes.graph", "passes.sites"},
     "passes.match": {"passes.graph", "passes.sites", "passes.masks", "passes.tokens"},
     "passes.match.written": {
-        *("passes.graph", "passes.sites", "passes.masks", "passes.match"),
+        "passes.graph",
+        "passes.sites",
+        "passes.masks",
+        "passes.tokens",
+        "passes.match",
     },
     "passes.judge": {
         *("kernels", "ops", "policies", "cost"),
@@ -47,8 +51,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "passes": {
         *("ops", "policies", "passes.graph", "passes.sites", "passes.masks"),
-        *("passes.tokens", "passes.match", "passes.match.written", "passes.judge"),
-        "passes.replace",
+        *("passes.tokens", "passes.match", "passes.match.written"),
+        *("passes.judge", "passes.replace"),
     },
     "report": {"kernels", "ops", "policies", "steps", "passes"},
     "study": {"kernels", "ops", "policies", "report"},

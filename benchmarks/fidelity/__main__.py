@@ -1,14 +1,10 @@
 """The command: measure, draw, write tables. See the package's docstring."""
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from benchmarks import records
 from examples.photo_dit.weights import load_model
 
 from . import __doc__ as description
@@ -31,16 +28,17 @@ def main() -> None:
     arguments = _arguments()
     record: dict[str, Any] = {}
     if arguments.output.exists():
-        record = json.loads(arguments.output.read_text())
+        record = records.read(arguments.output)
     for part in arguments.parts:
         if part == "timing":  # with no workers beside it
             console.print("timing")
             record[part] = timing.measure(arguments.quick)
         else:
             record[part] = _operator(arguments) if part == "operator" else _pictures(arguments)
-        record.setdefault("environment", {})[part] = _environment()
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        record.setdefault("environment", {})[part] = records.environment(
+            "python -m benchmarks.fidelity"
+        )
+        records.write(arguments.output, record)
     if not arguments.quick:
         plots.draw(record, arguments.cache, arguments.images)
         if arguments.document.exists():
@@ -94,18 +92,6 @@ def _in_workers(jobs: Iterable[Any], workers: int, title: str) -> Iterable[Any]:
         for future in as_completed(futures):
             progress.advance(task)
             yield future.result()
-
-
-def _environment() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-    }
 
 
 def _arguments() -> argparse.Namespace:

@@ -29,7 +29,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     demo, passes = records["photo_dit"], records["pass_time"]
     dense, pisa = (demo["seconds_per_step"][name]["median"] for name in ("dense", "pisa"))
     psnr = ", ".join(f"{p['label']} {p['psnr_db']:.1f} dB" for p in demo["pictures"])
-    compilation = passes["compilation"]
+    compilation, where = passes["compilation"], passes["environment"]
     share = compilation["rewrite_share_of_inductor"]
     growth = "\n".join(
         f"| {row['blocks']} | {row['nodes']:,} | {1e3 * row['cpu_seconds_median']:.0f} ms |"
@@ -74,7 +74,7 @@ Inductor takes on the same graphs. It grows in proportion to the graph:
 |---:|---:|---:|
 {growth}
 
-{passes["machine"]}, torch {passes["torch"]}. Record `pass_time.json`, by
+{where["machine"]}, torch {where["torch"]}. Record `pass_time.json`, by
 `python benchmarks/pass_time.py`.
 """
 

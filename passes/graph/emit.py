@@ -14,22 +14,32 @@ aten = torch.ops.aten
 
 # Graphs of export and make_fx hold nothing but overloads of operators.
 _OVERLOADS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
+    "amax": aten.amax.default,
+    "any": aten.any.dim,
     "contiguous": aten.contiguous.default,
     "expand": aten.expand.default,
     "flatten": aten.flatten.using_ints,
     "masked_fill": aten.masked_fill.Scalar,
+    "mean": aten.mean.dim,
     "narrow": aten.narrow.default,
     "permute": aten.permute.default,
+    "repeat_interleave": aten.repeat_interleave.self_int,
     "size": aten.sym_size.int,
     "squeeze": aten.squeeze.dim,
     "to": aten.to.dtype,
     "unflatten": aten.unflatten.int,
     "unsqueeze": aten.unsqueeze.default,
     torch.bitwise_and: aten.bitwise_and.Tensor,
+    torch.bitwise_or: aten.bitwise_or.Tensor,
     torch.div: aten.div.Tensor,
     torch.eq: aten.eq.Scalar,
+    torch.ge: aten.ge.Tensor,
+    torch.le: aten.le.Scalar,
     torch.logical_not: aten.logical_not.default,
     torch.mul: aten.mul.Tensor,
+    torch.ne: aten.ne.Scalar,
+    torch.neg: aten.neg.default,
+    torch.where: aten.where.self,
 }
 
 

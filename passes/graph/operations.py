@@ -105,22 +105,22 @@ def is_fresh(name: str) -> bool:
 
     Composite functions are not asked: they call others, and what these return they may return.
     """
-    if name in _MAY_RETURN_AN_INPUT or name.startswith("."):
+    views = REARRANGEMENTS | PICKS | SPLITS | SAME | INTEGER_CASTS
+    if name in _MAY_RETURN_AN_INPUT | views or name.startswith("."):
         return False
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
         return False
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    return all(map(_is_fresh_overload, overloads))
+    # Those of TorchScript, for numbers and lists, have no kernels.
+    overloads = [x for x in overloads if torch._C._dispatch_has_kernel(x.name())]
+    return bool(overloads) and all(map(_is_fresh_overload, overloads))
 
 
 def _is_fresh_overload(overload: Any) -> bool:
-    try:
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-            overload.name(), "CompositeImplicitAutograd"
-        )
-    except RuntimeError:  # one of TorchScript's, for numbers and lists
-        return True
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        overload.name(), "CompositeImplicitAutograd"
+    )
     results = overload._schema.returns
     arguments = overload._schema.arguments
     written = any(x.alias_info is not None and x.alias_info.is_write for x in arguments)

@@ -1,202 +1,156 @@
-"""Masks: which of them only remove keys, and how to hand those to the op.
+"""What the masks of an attention amount to, as nodes that the op can be given.
 
-The op takes a boolean [B, 1, 1, Tk]. A mask in any other shape or form is taken if it provably says
-the same: constant over queries and heads, and made from a boolean. `keys & queries`, the outer
-product of a padding mask with itself, is taken apart: rows of padding queries become zero, as dense
-attention makes them.
+The op takes a boolean [B, 1, 1, Tk], and gives zeros to rows without a key. That is all of it for
+masks of booleans and of -inf. Where keys are removed by finite numbers, dense attention gives a row
+of padding alone something else (`levels`): the softmax over all its keys, for which these are made
+valid, or the average of the values, for which its query is made zero as well. Which rows those are
+is data, and found by the graph when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ..graph.axes import added_dims
-from ..graph.calls import Call, call_of
 from ..graph.emit import emit
-from ..graph.fake import example, is_tensor, sizes
-from ..graph.writes import UnknownValueError, Writes
-from ..sites.site import AttentionSite, Mask, View
-from .facts import NEGLIGIBLE, MaskFacts
+from ..graph.fake import example
+from ..sites.site import Mask
+from .levels import Levels
 
-_BATCH, _HEAD, _ROW, _KEY = range(4)
-# Operations on two booleans after which a mask says the same as both of them together.
-_SPLIT = {
-    "allow": ("bitwise_and", "mul"),
-    "block": ("bitwise_or",),
-}
+_HEAD, _ROW, _KEY = range(1, 4)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A boolean mask that replaces scores by a finite number, as masks to be combined by `and`."""
+
+    keys: tuple[Mask, ...]
+    rows: tuple[Mask, ...]
+
+
+@dataclass(frozen=True)
+class Added:
+    """A mask that adds finite numbers to the scores of keys."""
+
+    mask: Mask
+    levels: Levels
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Key padding, and query padding where a mask has it, as masks to be combined by `and`."""
+    """Masks to be combined by `and`.
+
+    Attributes:
+        keys, rows: masks that remove keys, or whole rows, for good.
+        finite: the one that does so by finite numbers.
+    """
 
     keys: tuple[Mask, ...] = ()
     rows: tuple[Mask, ...] = ()
+    finite: Replaced | Added | None = None
 
-    def emit_keys(self, like: fx.Node) -> fx.Node | None:
-        """Boolean [B, 1, 1, Tk], True where a key takes part; None if all do."""
-        return _emit_all(self.keys, _ROW, like)
-
-    def emit_rows(self, like: fx.Node) -> fx.Node | None:
-        """Boolean [B, 1, Tq, 1], True where a query is valid; None if all are."""
-        return _emit_all(self.rows, _KEY, like)
-
-
-@dataclass
-class MaskAnalysis:
-    """Masks of one graph."""
-
-    writes: Writes
-    facts: MaskFacts = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.facts = MaskFacts(self.writes)
-
-    def hand_down(
-        self, source: fx.Node, reader: fx.Node, inner: MaskAnalysis, given: fx.Node
-    ) -> None:
-        """Tell the analysis of an inner graph what is known of one of its inputs.
-
-        Args:
-            source: the tensor that `reader`, which runs the inner graph, passes in.
-            given: the input that stands for it there.
-        """
-        try:
-            if self.writes.value(source, reader) is source:
-                inner.facts.adopt(given, self.facts, source)
-        except UnknownValueError:
-            pass
-
-    def padding(self, site: AttentionSite) -> Padding | str:
-        """The key padding that the masks of `site` amount to, or why they do not."""
-        keys: list[Mask] = []
-        rows: list[Mask] = []
-        for given in site.masks:
-            try:
-                parts = list(self._conjuncts(given, site.node, site.node))
-            except UnknownValueError as reason:
-                return f"its mask cannot be read: {reason}"
-            for part in parts:
-                refusal = self._place(part, keys, rows)
-                if refusal is not None:
-                    return refusal
-        return Padding(tuple(keys), tuple(rows))
-
-    def _place(self, mask: Mask, keys: list[Mask], rows: list[Mask]) -> str | None:
-        """Sort one mask into padding of keys or of rows, or say why it is neither."""
-        tensor = example(mask.view.node)
-        values = self.facts.values(mask.state or mask.view.node)
-        if mask.kind == "add":
-            if values is None:
-                return _bias_refusal(tensor)
-            lowest = {value * mask.sign * mask.scale for value in values if value != 0.0}
-            if any(value > NEGLIGIBLE for value in lowest):
-                return f"its mask adds {sorted(lowest)} to the logits; add -inf to remove a key"
-        if values == frozenset((1.0 if mask.kind == "allow" else 0.0,)):
-            return None
-        varying = self._varying(mask.view, mask.state or mask.view.node)
-        shape = tuple(sizes(mask.view.example()))
-        if varying[_HEAD]:
-            return f"its mask {shape} differs between heads; only key-padding masks are supported"
-        if not varying[_ROW]:
-            keys.append(mask)
-        elif not varying[_KEY]:
-            rows.append(mask)
-        else:
-            return (
-                f"its mask {shape} varies over queries, or cannot be proven not to; only "
-                "key-padding masks are supported: pass [B, 1, 1, Tk]"
+    def emit(self, like: fx.Node) -> EmittedPadding:
+        """The masks in the graph, before `like`."""
+        removed = _emit_all(self.keys, _ROW, like)
+        rows = _emit_all(self.rows, _KEY, like)
+        if isinstance(self.finite, Added):
+            keys, averaged = _emit_added(self.finite, removed, like)
+            return EmittedPadding(like, keys, averaged, rows=rows)
+        if isinstance(self.finite, Replaced):
+            averaged_rows = _emit_all(self.finite.rows, _KEY, like)
+            return EmittedPadding(
+                like, *_emit_replaced(self.finite, removed, like), averaged_rows, rows
             )
-        return None
+        return EmittedPadding(like, removed, rows=rows)
 
-    def _parts(
-        self, mask: Mask, views: list[View], reader: fx.Node, end: fx.Node
-    ) -> list[Mask] | None:
-        """The conjuncts of several views; None if one of them has changed when the op reads it."""
-        masks = [replace(mask, view=view) for view in views]
-        try:
-            return [part for one in masks for part in self._conjuncts(one, reader, end)]
-        except UnknownValueError:
-            return None
 
-    def _varying(self, view: View, state: fx.Node) -> tuple[bool, ...]:
-        flags = list(self.facts.varying(state))
-        for method, arguments in view.steps:
-            if method == "squeeze":
-                del flags[arguments[0]]
-            elif method == "unsqueeze":
-                flags.insert(arguments[0], False)
-            elif method == "permute":
-                flags = [flags[i] for i in arguments[0]]
-            elif method == "flatten":
-                first, last = arguments
-                flags[first : last + 1] = [any(flags[first : last + 1])]
-            elif method == "unflatten":
-                dim, parts = arguments
-                flags[dim : dim + 1] = [flags[dim]] * len(parts)
-        return tuple(flags)
+@dataclass(frozen=True)
+class EmittedPadding:
+    """Nodes of booleans.
 
-    def _conjuncts(self, mask: Mask, reader: fx.Node, end: fx.Node) -> Iterator[Mask]:
-        """`a & b` that allows as `a` and `b`; `a | b` that blocks likewise.
+    Attributes:
+        like: the node of the attention.
+        keys: [B, 1, 1, Tk], True where a key takes part.
+        averaged: [B, 1, 1, 1], True where all keys that take part weigh the same.
+        averaged_rows: [B, 1, Tq, 1], False where a query gets the average of all values.
+        rows: [B, 1, Tq, 1], False where a query gets zeros.
+    """
+
+    like: fx.Node
+    keys: fx.Node | None = None
+    averaged: fx.Node | None = None
+    averaged_rows: fx.Node | None = None
+    rows: fx.Node | None = None
+
+    def query(self, query: fx.Node) -> fx.Node:
+        """The query that the op is given, [B, H, Tq, D]."""
+        if self.averaged is None:
+            return query
+        return emit(self.like, "masked_fill", (query, self.averaged, 0.0), {})
+
+    def result(self, out: fx.Node, value: fx.Node) -> fx.Node:
+        """What the attention gives, from the result of the op [B, H, Tq, E].
 
         Args:
-            reader: what reads the mask now.
-            end: what will read the parts instead.
+            value: [B, H, Tk, E], or with fewer heads.
         """
-        node = self.writes.value(mask.view.node, reader)
-        if changes := self.writes.between(node, reader, end):
-            raise UnknownValueError(f"`{changes[0].name}` changes it in place")
-        if not is_tensor(node):  # `mask[...] = x` has no result; the tensor holds it
-            yield replace(mask, state=node)
-            return
-        call = call_of(node)
-        split = _SPLIT.get(mask.kind, ())
-        if call is not None and not call.in_place and example(node).dtype == torch.bool:
-            if call.name in split:
-                views = [_broadcast(operand, node, mask.view) for operand in call.args[:2]]
-            elif call.name in ("to", "type", "bool", "clone"):
-                views = [_broadcast(call.args[0], node, mask.view)]
-            else:
-                views = [_peeled(call, mask.view)]
-            known = [view for view in views if view is not None]
-            parts = self._parts(mask, known, node, end)
-            if None not in views and parts is not None:
-                yield from parts
-                return
-        if self.writes.between(node, node, reader):
-            raise UnknownValueError(f"`{node.name}` is changed in place")
-        yield replace(mask, view=replace(mask.view, node=node))
+        if self.averaged_rows is not None:
+            mean = emit(self.like, "mean", (value, [2], True), {})
+            heads, groups = example(out).shape[1], example(mean).shape[1]
+            if isinstance(heads, int) and heads != groups:
+                mean = emit(self.like, "repeat_interleave", (mean, heads // groups, 1), {})
+            out = emit(self.like, torch.where, (self.averaged_rows, out, mean), {})
+        if self.rows is not None:
+            invalid = emit(self.like, torch.logical_not, (self.rows,), {})
+            out = emit(self.like, "masked_fill", (out, invalid, 0.0), {})
+        return out
 
 
-def _broadcast(operand: object, node: fx.Node, view: View) -> View | None:
-    """`operand` of the boolean operation `node`, seen as `view` sees the result."""
-    if not isinstance(operand, fx.Node) or not is_tensor(operand):
-        return None
-    if example(operand).dtype != torch.bool:
-        return None
-    missing = example(node).dim() - example(operand).dim()
-    if any(method not in ("permute", "unsqueeze", "squeeze") for method, _ in view.steps):
-        return None
-    return View(operand, ((("unsqueeze", (0,)),) * missing + view.steps))
+def _emit_added(
+    added: Added, removed: fx.Node | None, like: fx.Node
+) -> tuple[fx.Node, fx.Node | None]:
+    """Keys at the highest level of their row, and rows in which these all weigh the same."""
+    mask, levels = added.mask, added.levels
+    factor = mask.sign * mask.scale
+    number = _emit_row(mask, _ROW, like)
+    if factor < 0:
+        number = emit(like, torch.neg, (number,), {})
+    lowest = float("-inf")
+    if removed is not None:
+        outside = emit(like, torch.logical_not, (removed,), {})
+        number = emit(like, "masked_fill", (number, outside, lowest), {})
+    top = emit(like, "amax", (number, [-1], True), {})
+    keys = emit(like, torch.ge, (number, top), {})
+    if removed is not None or levels.removes:  # a row of -inf has no key at all
+        valid = emit(like, torch.ne, (number, lowest), {})
+        keys = emit(like, torch.bitwise_and, (keys, valid), {})
+    if levels.averaged is None:
+        return keys, None
+    above = [value for value in levels.finite if value > levels.averaged]
+    if not above:
+        return keys, emit(like, torch.le, (top, float("inf")), {})
+    # Between the two levels, whose distance is large against all rounding.
+    bound = (min(above) + levels.averaged) / 2 / abs(factor)
+    return keys, emit(like, torch.le, (top, bound), {})
 
 
-def _peeled(call: Call, view: View) -> View | None:
-    """The tensor before `call` gave it dimensions of size 1, as `view` sees the result."""
-    if call.name not in ("unsqueeze", "getitem") or not is_tensor(call.args[0]):
-        return None
-    rank = example(call.args[0]).dim()
-    if call.name == "unsqueeze":
-        new = [call.argument(1, "dim") % (rank + 1)]
-    else:
-        dims = added_dims(call.args[1], tuple((dim,) for dim in range(rank)))
-        if dims is None:
-            return None
-        new = [at for at, group in enumerate(dims) if not group]
-    return View(call.args[0], (*(("unsqueeze", (at,)) for at in new), *view.steps))
+def _emit_replaced(
+    replaced: Replaced, removed: fx.Node | None, like: fx.Node
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """Keys that take part, all of them in a row that has none, and those rows."""
+    keys = _emit_all(replaced.keys, _ROW, like)
+    if keys is None:
+        return removed, None
+    if removed is not None:
+        keys = emit(like, torch.bitwise_and, (keys, removed), {})
+    found = emit(like, "any", (keys, -1, True), {})
+    empty = emit(like, torch.logical_not, (found,), {})
+    instead = empty
+    if removed is not None:
+        instead = emit(like, torch.bitwise_and, (empty, removed), {})
+    return emit(like, torch.bitwise_or, (keys, instead), {}), empty
 
 
 def _emit_all(masks: tuple[Mask, ...], constant: int, like: fx.Node) -> fx.Node | None:
@@ -209,18 +163,16 @@ def _emit_all(masks: tuple[Mask, ...], constant: int, like: fx.Node) -> fx.Node 
 
 def _emit_boolean(mask: Mask, constant: int, like: fx.Node) -> fx.Node:
     """One mask as a boolean that is True where attention is allowed."""
-    node = mask.view.emit(like)
-    for dim in (_HEAD, constant):
-        if example(node).shape[dim] != 1:
-            node = emit(like, "narrow", (node, dim, 0, 1), {})
-    if mask.kind == "add":
+    node = _emit_row(mask, constant, like)
+    if mask.kind == "add":  # 0 and -inf, or inf that is subtracted
         return emit(like, torch.eq, (node, 0), {})
     return node if mask.kind == "allow" else emit(like, torch.logical_not, (node,), {})
 
 
-def _bias_refusal(tensor: torch.Tensor) -> str:
-    what = f"{tensor.dtype}, {tuple(sizes(tensor))}"
-    return (
-        f"its mask is additive ({what}) and not provably made of 0 and -inf: a score bias such as "
-        "relative positions or ALiBi stays dense; a padding mask should be boolean"
-    )
+def _emit_row(mask: Mask, constant: int, like: fx.Node) -> fx.Node:
+    """A mask of one row and head; it is the same in all, or all columns where that is constant."""
+    node = mask.view.emit(like)
+    for dim in (_HEAD, constant):
+        if example(node).shape[dim] != 1:
+            node = emit(like, "narrow", (node, dim, 0, 1), {})
+    return node

@@ -22,13 +22,13 @@ Found = tuple[tuple[bool, ...], frozenset[int]]
 
 
 def shown(
-    node: fx.Node, pointwise: set[str], constant: set[str], varying: Varying
+    node: fx.Node, pointwise: set[str], constant: Callable[[fx.Node], bool], varying: Varying
 ) -> tuple[bool, ...] | None:
     """For each dimension of a result of `vmap`, whether it varies along it; None if unknown.
 
     Args:
         pointwise: names of calls whose elements depend on the same elements of their arguments.
-        constant: names of calls that make tensors of one value.
+        constant: tells of a node whether all its elements are the same number.
         varying: tells the same of what is not mapped.
     """
     known: dict[fx.Node, Found | None] = {}
@@ -56,7 +56,7 @@ def shown(
             flags, levels = found
             return (*flags[:dim], level in levels, *flags[dim:]), levels - {level}
         rank = example(node).dim()
-        if call.name in constant:
+        if constant(node):
             return (False,) * rank, frozenset()
         levels = frozenset[int]()
         for operand in filter(is_tensor, node.all_input_nodes):

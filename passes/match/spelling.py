@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..graph.writes import Writes
-from ..masks.padding import MaskAnalysis
+from ..masks.analysis import MaskAnalysis
 from ..sites.site import AttentionSite, NearMiss
 from ..tokens.plan import Tokens
 

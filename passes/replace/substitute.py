@@ -46,7 +46,8 @@ def _attention(
     for operation, factor in site.factors:
         function = torch.mul if operation == "mul" else torch.div
         query = emit(node, function, (query, factor.emit(node)), {})
-    inputs = [query, site.key.emit(node), site.value.emit(node)]
+    masks = padding.emit(node)
+    inputs = [masks.query(query), site.key.emit(node), site.value.emit(node)]
     # Under autocast the op sees what the attention would have cast its inputs to.
     inputs = [_cast(x, site.dtype, node) for x in inputs]
     settings = plan.policy.settings().as_arguments()
@@ -62,17 +63,13 @@ def _attention(
     out = emit(
         node,
         torch.ops.pisa.attention.default,
-        (*inputs, padding.emit_keys(node)),
+        (*inputs, masks.keys),
         {name: value for name, value in settings.items() if value is not None},
     )
     mark_op(out, number)
     if plan.policy.varying is not None:
         out.meta[MARK] = Scheduled(plan.policy.varying, plan.policy.sparsity or 0.0)
-    valid_rows = padding.emit_rows(node)
-    if valid_rows is not None:
-        invalid = emit(node, torch.logical_not, (valid_rows,), {})
-        out = emit(node, "masked_fill", (out, invalid, 0.0), {})
-    return out
+    return masks.result(out, inputs[2])
 
 
 def _result(site: AttentionSite, out: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,14 +61,21 @@ class Mask:
     """One restriction of who attends whom, a view that broadcasts to [B, H, Tq, Tk].
 
     "allow" is boolean and True where a key takes part, "block" the opposite; "add" is added to the
-    logits, `sign` times and then multiplied by `scale`. `state` is the write in place that gave its
-    tensor the value that counts, if one did.
+    logits, `sign` times and then multiplied by `scale`.
+
+    Attributes:
+        fill: what a boolean mask replaces the logits of other keys by.
+        dtype: of the scores that an additive mask is added to; None for what
+            `F.scaled_dot_product_attention` adds it in.
+        state: the write in place that gave its tensor the value that counts, if one did.
     """
 
     kind: Literal["allow", "block", "add"]
     view: View
     sign: int = 1
     scale: float = 1.0
+    fill: float = -math.inf
+    dtype: torch.dtype | None = None
     state: fx.Node | None = None
 
 

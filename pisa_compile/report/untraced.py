@@ -79,10 +79,10 @@ class EagerAttention(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         name = func.name() if not isinstance(func, torch._ops.OpOverload) else func._opname
-        if attention_kernel(func) or name in _MODULES or name == "flex_attention":
+        fused = name.startswith("_scaled_dot_product")
+        if fused or attention_kernel(func) or name in _MODULES or name == "flex_attention":
             query, key = (*(x for x in args if isinstance(x, Tensor)), None, None)[:2]
             # Which of its kernels torch chose says nothing to a reader.
-            fused = name.startswith("_scaled_dot_product")
             self._add("scaled_dot_product_attention" if fused else name, query, key)
         elif name in _SOFTMAX and result.dim() >= 3:
             self._remember(result)

@@ -13,9 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import pisa_compile as pisa
+from benchmarks.diffusers_models.flux_like import TEXT
 from pisa_compile.distributed import ring_attention
 from pisa_compile.integrations.diffusers import register
-from tests.diffusers_models.flux_like import TEXT
 
 from .shared import (
     HEADS,

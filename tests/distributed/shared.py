@@ -16,11 +16,11 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from torch import Tensor, nn
 
+from benchmarks.diffusers_models import CASES, Case, outputs
 from pisa_compile.integrations.diffusers import register
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.testing import relative_l2
 from pisa_compile.ops import dispatch
-from tests.diffusers_models import CASES, Case, outputs
 
 from .launch import Scenario
 

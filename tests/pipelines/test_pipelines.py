@@ -19,12 +19,9 @@ pytest.importorskip("transformers")
 import torch
 
 import pisa_compile as pisa
-from benchmarks import pipelines as record
-from examples.pipelines import flux, hunyuan_video, wan
-from examples.pipelines.tiny import TINY
-
-from .features import FEATURES
-from .measure import (
+from benchmarks.pipelines import __main__ as record
+from benchmarks.pipelines.features import FEATURES
+from benchmarks.pipelines.measure import (
     BLOCKS,
     BREAKS,
     OPTIONS,
@@ -32,6 +29,8 @@ from .measure import (
     compile_transformer,
     counted_op,
 )
+from examples.pipelines import flux, hunyuan_video, wan
+from examples.pipelines.tiny import TINY
 
 # The models belong to other libraries, and so do their deprecations.
 pytestmark = pytest.mark.filterwarnings("default")

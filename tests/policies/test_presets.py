@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import pisa_compile as pisa
+from benchmarks.diffusers_models import CASES
 from pisa_compile import Schedule
 from pisa_compile.policies.policy import DEFAULT
 from pisa_compile.policies.presets import PRESETS, Place, Presets
 from pisa_compile.report.explain import Site
 
-from ..diffusers_models import CASES
 from ..models import Block, tiny, tokens
 
 TABLE = (Path(__file__).parents[2] / "docs/presets.md").read_text()

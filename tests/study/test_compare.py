@@ -136,7 +136,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(
 
 def test_a_tiny_diffusers_transformer() -> None:
     pytest.importorskip("diffusers")
-    from ..diffusers_models import CASES
+    from benchmarks.diffusers_models import CASES
 
     case = CASES["PixArtTransformer2DModel"]
     model, inputs = case.build(), dict(case.inputs())

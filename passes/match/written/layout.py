@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...graph.axes import Axes, Dims
+from ...graph.fake import example
 from ...sites.site import Mask, View
 from .chain import Chain, MismatchError, Term
 
@@ -136,7 +137,16 @@ class Layout:
             if term.kind not in ("mul", "div") and not term.of_rows:
                 wanted = (*self.groups, (roles.rows,), (roles.keys,))
                 view = self._view(term.node, term.dims, wanted)
-                masks.append(Mask(term.kind, view, term.sign, term.scale))  # type: ignore[arg-type]
+                masks.append(
+                    Mask(
+                        term.kind,  # type: ignore[arg-type]
+                        view,
+                        term.sign,
+                        term.scale,
+                        fill=term.fill * term.scale,
+                        dtype=example(term.reader).dtype if term.kind == "add" else None,
+                    )
+                )
         return tuple(masks)
 
     def factors(self, terms: Iterable[Term]) -> tuple[tuple[str, View], ...]:

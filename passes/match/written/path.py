@@ -15,7 +15,7 @@ from torch import fx
 
 from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor, sizes
-from ...graph.operations import REARRANGEMENTS, SAME
+from ...graph.operations import JOINS, REARRANGEMENTS, SAME
 from ...graph.product import product_of
 from ...graph.shape_readers import reads_shape
 from ...graph.writes import UnknownValueError, Writes, written_by
@@ -148,8 +148,10 @@ def _any_operands(node: fx.Node, call: Call) -> tuple[Any, ...]:
     product = product_of(node)
     if product is not None:
         return product.left, product.right
-    if call.name in ("cat", "stack"):
+    if call.name in JOINS:
         return call.joined()
+    if call.name == "einsum":  # of one operand, or one that is no product
+        return tuple(node.all_input_nodes)
     first = call.argument(0, "input", "self")
     if not isinstance(first, fx.Node) or "attention" in call.name or call.name == "embedding":
         return ()

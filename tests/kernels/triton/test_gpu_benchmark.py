@@ -14,12 +14,13 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 BROKEN = """
 import sys
-sys.path[:0] = [{root!r}, {folder!r}]
-sys.argv = ["gpu.py", "--smoke", "--output", {output!r}]
-import gpu
-right = gpu.attention
-gpu.attention = lambda *a, **k: tuple(1.01 * t for t in right(*a, **k))
-gpu.CHECKS = {{"hybrid": {{}}}}
+sys.path[:0] = [{root!r}]
+sys.argv = ["gpu", "--smoke", "--output", {output!r}]
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import checks
+right = checks.attention
+checks.attention = lambda *a, **k: tuple(1.01 * t for t in right(*a, **k))
+checks.CHECKS = {{"hybrid": {{}}}}
 gpu.TOYS = ()
 sys.exit(gpu.main())
 """
@@ -28,7 +29,7 @@ sys.exit(gpu.main())
 @pytest.mark.slow
 def test_smoke_run_writes_a_record(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke"]
     subprocess.run([*command, "--output", str(output)], check=True, cwd=ROOT)
     record = json.loads(output.read_text())
     assert all(check["passed"] for check in record["checks"])
@@ -43,7 +44,7 @@ def test_smoke_run_writes_a_record(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_nothing_is_measured_when_a_result_is_wrong(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    code = BROKEN.format(root=str(ROOT), folder=str(ROOT / "benchmarks"), output=str(output))
+    code = BROKEN.format(root=str(ROOT), output=str(output))
     finished = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )

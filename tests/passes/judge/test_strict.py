@@ -99,7 +99,7 @@ def test_steps_that_are_dense_by_schedule_are_no_error() -> None:
 
 
 def test_layers_that_a_preset_keeps_dense_are_no_error() -> None:
-    from ...diffusers_models import CASES
+    from benchmarks.diffusers_models import CASES
 
     pytest.importorskip("diffusers")
     case = CASES["FluxTransformer2DModel"]

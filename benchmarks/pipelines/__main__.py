@@ -12,25 +12,21 @@ generated from the record; the slow tests measure every cell again and compare.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import re
-import subprocess
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import records
 from examples.pipelines.tiny import TINY
-from tests.pipelines.features import FEATURES, STEPS
-from tests.pipelines.measure import (
+
+from .features import FEATURES, STEPS
+from .measure import (
     BLOCKS,
     OPTIONS,
     STYLES,
@@ -40,7 +36,7 @@ from tests.pipelines.measure import (
     measure,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = records.ROOT
 RECORD = ROOT / "benchmarks" / "results" / "pipelines.json"
 PAGE = ROOT / "docs" / "diffusers.md"
 BEGIN, END = "<!-- matrix: python -m benchmarks.pipelines -->", "<!-- end -->"
@@ -134,24 +130,17 @@ def key(cell: Cell) -> Key:
 
 
 def load() -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(RECORD.read_text())
-    return record
+    return records.read(RECORD)
 
 
 def write(cells: dict[Key, Cell]) -> None:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     record = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip(),
+        "environment": records.environment("python -m benchmarks.pipelines", *PACKAGES),
         "options": OPTIONS,
         "steps": STEPS,
         "cells": [cells[names] for names in combinations() if names in cells],
     }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(RECORD, record)
 
 
 def page(record: dict[str, Any], old: str) -> str:
@@ -168,15 +157,16 @@ def _replaced(page: str, begin: str, text: str) -> str:
 
 
 def matrix(record: dict[str, Any]) -> str:
+    about = record["environment"]
     cells = {key(cell): cell for cell in record["cells"]}
     good = [cell for cell in cells.values() if "replaced" in cell and not cell["problems"]]
     missing = [cell for cell in cells.values() if "not_offered" in cell]
     wrong = [cell for cell in cells.values() if cell["problems"]]
     worst = max((cell["difference"] for cell in good), default=0.0)
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     notes: dict[str, str] = {}
     lines = [
-        f"{versions}; Python {record['python']}, {record['date']}, commit {record['commit']}; "
+        f"{versions}; Python {about['python']}, {about['date'][:10]}, commit {about['commit']}; "
         f"{record['steps']} denoising steps in float32 on a CPU.",
         f"{len(good)} combinations run, replace every self-attention over latents, and give the "
         f"latents of the dense pipeline at sparsity 0: the largest relative distance is "

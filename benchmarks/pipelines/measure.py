@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.diffusers_models.case import randomise
 from examples.pipelines.tiny import TEXT_TOKENS, TinyPipeline
 from pisa_compile.ops import dispatch
-from tests.diffusers_models.case import randomise
 
 from .features import FEATURES, STEPS, Feature
 

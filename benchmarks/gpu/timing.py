@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import records
 
 Run = Callable[[], Any]
 
@@ -182,26 +181,21 @@ def matmul_tflops(timer: Timer, device: torch.device) -> float:
     return 2.0 * size**3 / timer({"matmul": lambda: a @ a})["matmul"]["median_ms"] / 1e9
 
 
-def environment(device: torch.device, root: Path, architecture: str) -> dict[str, Any]:
-    def ask(*command: str) -> str | None:
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
-            return result.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
+def environment(device: torch.device, architecture: str) -> dict[str, Any]:
     fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": ask("git", "-C", str(root), "rev-parse", "HEAD"),
-        "changed_files": ask("git", "-C", str(root), "status", "--porcelain"),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "architecture": architecture,
-        "clocks": ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-    }
+    return records.environment(
+        "python -m benchmarks.gpu",
+        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
+        architecture=architecture,
+        clocks=_ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv"),
+        cuda=torch.version.cuda,
+        hip=torch.version.hip,
+        cudnn=torch.backends.cudnn.version() if device.type == "cuda" else None,
+    )
+
+
+def _ask(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,1 @@
+"""The kernels on a GPU, and what they must beat; `python -m benchmarks.gpu` makes the record."""

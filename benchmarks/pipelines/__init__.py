@@ -1,0 +1,1 @@
+"""Features of diffusers in whole pipelines; `python -m benchmarks.pipelines` makes the record."""
