@@ -7,6 +7,7 @@ given, and two inputs of the graph may be views of one tensor.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def _written(node: fx.Node) -> Iterator[Any]:
     if call is None:  # not torch's own: a function that is allowed in graphs, a kernel
         yield list(node.all_input_nodes)
         return
-    if call.in_place or _inplace_argument(node, call.name):
+    if call.in_place or _inplace_argument(node):
         yield call.args[:1]
     if call.name in _HIDDEN_WRITES:
         places, at, name, default = _HIDDEN_WRITES[call.name]
@@ -73,18 +74,23 @@ def _written(node: fx.Node) -> Iterator[Any]:
             yield [call.args[place] for place in places if place < len(call.args)]
 
 
-def _inplace_argument(node: fx.Node, name: str) -> bool:
+def _inplace_argument(node: fx.Node) -> bool:
     """Whether a function such as `F.relu` is told to work in place."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
-    if not callable(node.target) or not node.args:
+    if node.op != "call_function" or not node.args:
         return False
+    at = _inplace_position(node.target)
+    return at is not None and at < len(node.args) and bool(node.args[at])
+
+
+@functools.cache
+def _inplace_position(target: Any) -> int | None:
     try:
-        parameters = list(inspect.signature(node.target).parameters)
+        parameters = list(inspect.signature(target).parameters)
     except (TypeError, ValueError):  # of C; torch's have an underscore for that
-        return False
-    at = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return at < len(node.args) and bool(node.args[at])
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _written_inside(node: fx.Node) -> Iterator[Any]:

@@ -25,13 +25,16 @@ class View:
 
     def example(self) -> Tensor:
         """The fake value of the view."""
-        value: Tensor = example(self.node)
-        if not self.steps:
-            return value
-        with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-            for method, arguments in self.steps:
-                value = getattr(value, method)(*arguments)
-        return value
+        return self._examples()[-1]
+
+    def _examples(self) -> list[Tensor]:
+        """The fake values of the tensor and of what each step makes of it."""
+        values: list[Tensor] = [example(self.node)]
+        if self.steps:
+            with values[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+                for method, arguments in self.steps:
+                    values.append(getattr(values[-1], method)(*arguments))
+        return values
 
     def emit(self, like: fx.Node) -> fx.Node:
         """Make the view in the graph, at the insertion point."""
@@ -42,9 +45,10 @@ class View:
 
     def through(self, axes: Axes, dims: Dims) -> Dims | None:
         """The dims of the view, where the tensor has `dims`; None if they cannot be followed."""
-        for count, (method, arguments) in enumerate(self.steps):
-            before = View(self.node, self.steps[:count]).example()
-            after = View(self.node, self.steps[: count + 1]).example()
+        values = self._examples()
+        for (method, arguments), before, after in zip(
+            self.steps, values[:-1], values[1:], strict=True
+        ):
             call = Call(method, (self.node, *arguments), {}, in_place=False)
             followed = axes.through(call, dims, before, after)
             if followed is None:

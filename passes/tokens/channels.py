@@ -36,12 +36,7 @@ def _kinds(view: View) -> tuple[Kind | None, Kind | None]:
     """What the last two dimensions of a view are."""
     axes = Axes()
     given = axes.fresh(example(view.node).shape)
-    dims: Dims | None = given
-    for count, (method, arguments) in enumerate(view.steps):
-        before = View(view.node, view.steps[:count]).example()
-        after = View(view.node, view.steps[: count + 1]).example()
-        call = Call(method, (view.node, *arguments), {}, in_place=False)
-        dims = None if dims is None else axes.through(call, dims, before, after)
+    dims = view.through(axes, given)
     if dims is None:
         return None, None
     rows, width = (_sources(given, dims, dim, axes) for dim in (-2, -1))
