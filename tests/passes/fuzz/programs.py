@@ -22,52 +22,65 @@ VALUES = {
     "weights": ("w", "q", "k", "v", "s"),
     "result": ("o", "w", "v", "q"),
 }
-# `X` is the value. Those that write do it in place, some through another name.
-MUTATIONS = (
-    "X = X + 0.3",
-    "X = X - 1",
-    "X = X.add(0.25)",
-    "X = X * 0.7",
-    "X = X / 1.5",
-    "X = -X",
-    "X = 1 - X",
-    "X = X.tanh()",
-    "X = X.clamp(-0.5, 0.5)",
-    "X = X.clone(); X += 0.2",
-    "X = X * 1.0; X.mul_(0.6)",
-    "X = X * 1.0; X.data.mul_(0.6)",
-    "X = X * 1.0; X.detach().add_(0.3)",
-    "X = X * 1.0; X.view(X.shape).add_(0.3)",
-    "X = X * 1.0; torch.atleast_3d(X).mul_(0.8)",
-    "X = X * 1.0; X.cpu().mul_(0.8)",
-    "X = X * 1.0; X.unsafe_chunk(1)[0].mul_(0.8)",
-    "X = X * 1.0; torch.broadcast_tensors(X, X[:1])[0].mul_(0.8)",
-    "X = X * 1.0; F.dropout(X, 0.5, training=False).mul_(0.8)",
-    "X = X * 1.0; F.relu(X, inplace=True)",
-    "X = X * 1.0; F.hardtanh(X, -0.5, 0.5, True)",
-    "X = X.clone(); X[..., :2] = 0.4",
-    "X = X.clone(); X[:, 1:] *= 0.5",
-    "X.data.mul_(0.9)",
-    "X.mul_(0.9)",
-    "X[..., :1] = 0.2",
-    "X = X.movedim(0, 1).movedim(1, 0)",
-    "X = X.transpose(0, -2).contiguous().transpose(0, -2)",
-    "X = X.flatten(0, 1).unflatten(0, X.shape[:2])",
-    "X = X.atleast_3d().view_as(X)",
-    "X = X[None].squeeze(0)",
-    "X = X.narrow(-1, 0, X.shape[-1])",
-    "X = torch.cat(X.chunk(2, dim=-1), dim=-1)",
-    "X = X.flip(-2)",
-    "X = X.double().to(X.dtype)",
-    "tail = tail + X.sum()",
-    "tail = tail + torch.zeros_like(X).sum() + X.shape[-1]",
-    "tail = tail + X.detach().amax()",
-    "X = X * torch.linspace(0.5, 1.5, X.shape[-1], dtype=X.dtype)",
-    "X = X * torch.linspace(0.5, 1.5, X.shape[-2], dtype=X.dtype)[:, None]",
-    "X = X * torch.linspace(0.5, 1.5, X.shape[-3], dtype=X.dtype)[:, None, None]",
-    "X = X + torch.linspace(-1, 1, X.shape[-1], dtype=X.dtype)",
-    "X = X + torch.linspace(-1, 1, X.shape[-2], dtype=X.dtype)[:, None]",
-)
+# `X` is the value. A kind is drawn first, so that no kind drowns in another.
+MUTATIONS = {
+    "arithmetic": (
+        "X = X + 0.3",
+        "X = X - 1",
+        "X = X.add(0.25)",
+        "X += 0.2",
+        "X = X * 0.7",
+        "X = X / 1.5",
+        "X = -X",
+        "X = 1 - X",
+        "X = X.tanh()",
+        "X = X.clamp(-0.5, 0.5)",
+        "X = X.clone(); X += 0.2",
+    ),
+    "in place": (
+        "X.mul_(0.9)",
+        "X[..., :1] = 0.2",
+        "X[:, 1:] *= 0.5",
+        "F.relu(X, inplace=True)",
+        "F.hardtanh(X, -0.5, 0.5, True)",
+        "F.silu(X, inplace=True)",
+        "X = X.clone(); X[..., :2] = 0.4",
+        "torch.mul(X, 0.8, out=X)",
+    ),
+    "through an alias": (
+        "X.data.mul_(0.9)",
+        "X.detach().add_(0.3)",
+        "X.view(X.shape).add_(0.3)",
+        "torch.atleast_3d(X).mul_(0.8)",
+        "X.cpu().mul_(0.8)",
+        "X.unsafe_chunk(1)[0].mul_(0.8)",
+        "torch.broadcast_tensors(X, X[:1])[0].mul_(0.8)",
+        "F.dropout(X, 0.5, training=False).mul_(0.8)",
+    ),
+    "view": (
+        "X = X.movedim(0, 1).movedim(1, 0)",
+        "X = X.transpose(0, -2).contiguous().transpose(0, -2)",
+        "X = X.flatten(0, 1).unflatten(0, X.shape[:2])",
+        "X = X.atleast_3d().view_as(X)",
+        "X = X[None].squeeze(0)",
+        "X = X.narrow(-1, 0, X.shape[-1])",
+        "X = torch.cat(X.chunk(2, dim=-1), dim=-1)",
+        "X = X.flip(-2)",
+        "X = X.double().to(X.dtype)",
+    ),
+    "another use": (
+        "tail = tail + X.sum()",
+        "tail = tail + torch.zeros_like(X).sum() + X.shape[-1]",
+        "tail = tail + X.detach().amax()",
+    ),
+    "along an axis": (
+        "X = X * torch.linspace(0.5, 1.5, X.shape[-1], dtype=X.dtype)",
+        "X = X * torch.linspace(0.5, 1.5, X.shape[-2], dtype=X.dtype)[:, None]",
+        "X = X * torch.linspace(0.5, 1.5, X.shape[-3], dtype=X.dtype)[:, None, None]",
+        "X = X + torch.linspace(-1, 1, X.shape[-1], dtype=X.dtype)",
+        "X = X + torch.linspace(-1, 1, X.shape[-2], dtype=X.dtype)[:, None]",
+    ),
+}
 MASK_MUTATIONS = (
     "m = m.clone(); m[:, :3] = True",
     "m = m & (torch.arange(m.shape[1]) < m.shape[1] - 1)",
@@ -112,7 +125,10 @@ class Program:
         }[self.choices["layout"]]
         tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         keep = torch.rand(batch, tokens, generator=generator) > 0.3
-        keep[:, 5] = True
+        # Sometimes a row of nothing but padding.
+        keep[: 1 if self.seed % 4 == 0 else batch, 5] = True
+        if self.seed % 4 == 0:
+            keep[1] = False
         return [*tensors, keep]
 
     def function(self) -> Callable[..., Any]:
@@ -170,6 +186,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "s = torch.where(M, s, torch.tensor(float('-inf'), dtype=s.dtype))",
         "s = s + torch.where(M, 0.0, float('-inf'))",
         "s = s + (1.0 - M.to(s.dtype)) * -1e9",
+        "s = s + (1.0 - M.to(s.dtype)) * -10000.0",
+        "s = s + (1.0 - M.to(s.dtype)) * -10000.0 - 10000.0",
         "s = s.masked_fill(M.logical_not(), torch.finfo(s.dtype).min)",
     ),
     "softmax": (
@@ -209,7 +227,8 @@ def program(seed: int) -> Program:
         elif place == "inputs" and by_hand and rng.random() < 0.1:
             line = rng.choice(BROADCASTS)
         else:
-            line = rng.choice(MUTATIONS).replace("X", value)
+            kind = rng.choice(sorted(MUTATIONS))
+            line = rng.choice(MUTATIONS[kind]).replace("X", value)
         mutations.append((place, line))
     family = f"{'by hand' if by_hand else 'sdpa'}, {choices['layout']}"
     return Program(seed, family, by_hand, choices, tuple(mutations))
