@@ -87,6 +87,10 @@ def attention(
     if permutation is not None:
         return _in_order(query, key, value, key_mask, params, density, permutation)
     batch, heads, query_len, _ = query.shape
+    out = query.new_empty(batch, query_len, heads, value.shape[3]).transpose(1, 2)
+    lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=query.device)
+    if lse.numel() == 0 or key.shape[2] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
     dtype = torch.promote_types(query.dtype, torch.float32)
     size = params.block_size
     q = query.to(dtype)
@@ -102,8 +106,6 @@ def attention(
     log_weight = block_log_weight(q, stats, params, kv_heads)
     key_block = torch.arange(key.shape[2], device=key.device) // params.key_size
 
-    out = query.new_empty(batch, query_len, heads, value.shape[3]).transpose(1, 2)
-    lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=query.device)
     for i in range(block_count(query_len, size)):
         rows = slice(i * size, (i + 1) * size)
         exact = selected[:, :, i, :]  # [B, H, N]

@@ -34,6 +34,13 @@ ROOMS: dict[str, set[str]] = {
     "passes.masks": {"passes.graph", "passes.sites"},
     "passes.tokens": {"ops", "policies", "passes.graph", "passes.sites"},
     "passes.match": {"passes.graph", "passes.sites", "passes.masks", "passes.tokens"},
+    "passes.match.written": {
+        "passes.graph",
+        "passes.sites",
+        "passes.masks",
+        "passes.tokens",
+        "passes.match",
+    },
     "passes.judge": {
         *("kernels", "ops", "policies", "cost"),
         *("passes.graph", "passes.sites", "passes.masks", "passes.tokens"),
@@ -44,7 +51,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "passes": {
         *("ops", "policies", "passes.graph", "passes.sites", "passes.masks"),
-        *("passes.tokens", "passes.match", "passes.judge", "passes.replace"),
+        *("passes.tokens", "passes.match", "passes.match.written"),
+        *("passes.judge", "passes.replace"),
     },
     "report": {"kernels", "ops", "policies", "steps", "passes"},
     "study": {"kernels", "ops", "policies", "report"},

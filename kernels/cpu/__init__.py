@@ -12,7 +12,7 @@ from . import native, torch_path
 
 __all__ = ["attention"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("pisa_compile")
 
 
 def attention(
@@ -26,7 +26,7 @@ def attention(
     permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.reference.attention`, for CPU tensors."""
-    reason = native.unavailable() or native.unsupported(query, value, params)
+    reason = native.unavailable() or native.unsupported(query, value)
     if reason is not None:
         _say_once(reason)
     run = native.attention if reason is None else torch_path.attention

@@ -11,6 +11,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,10 +128,8 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(query: Tensor, value: Tensor, params: AttentionParams) -> str | None:
+def unsupported(query: Tensor, value: Tensor) -> str | None:
     """Why the library cannot compute this call, or None."""
-    if params.order not in _ORDERS:
-        return f"order {params.order!r} is computed by the torch path only"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype} is computed by the torch path only"
     if max(query.shape[3], value.shape[3]) > _MAX_HEAD_DIM:
@@ -168,65 +167,37 @@ def attention(
     Raises:
         ValueError: `permutation` does not list every token once.
     """
-    reason = unsupported(query, value, params)
+    reason = unsupported(query, value)
     if reason is not None:
         raise NativeUnavailableError(reason)
     if permutation is not None:
         check_values(permutation)
     native = library()
-    batch, heads, query_len, head_dim = query.shape
-    key_len, value_dim = value.shape[2:]
-    out = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, query_len, dtype=torch.float32)
-    if out.numel() == 0 or key_len == 0:
+    out = query.new_empty(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3])
+    out = out.transpose(1, 2)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    if out.numel() == 0 or key.shape[2] == 0:
         # Nothing to read: no rows, or rows without keys.
         return out.zero_(), lse.fill_(-torch.inf)
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     mask = None if key_mask is None else key_mask.contiguous()
     places = None if permutation is None else permutation.to(torch.int64).contiguous()
-    free_first, free_last = free_key_blocks(key_len, params)
-    query_first, query_last = 0, block_count(query_len, params.block_size)
-    if query_len == key_len and params.exact != (0, 0):
-        query_first, query_last = free_query_blocks(query_len, params)
-    shares = budgets(density, heads, free_last - free_first, params)
-    top_k = (ctypes.c_int64 * heads)(*(share.count for share in shares))
-    beta = (ctypes.c_double * heads)(*(share.beta for share in shares))
+    shares = _Shares(query, key, params, density)
     call = _Call(
         query=query.data_ptr(),
         key=key.data_ptr(),
         value=value.data_ptr(),
         mask=None if mask is None else mask.data_ptr(),
         permutation=None if places is None else places.data_ptr(),
-        top_k=ctypes.addressof(top_k),
-        beta=ctypes.addressof(beta),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         parallel=_openmp_team() if team == "openmp" and os.getpid() == _PROCESS else None,
-        batch=batch,
-        heads=heads,
-        kv_heads=key.shape[1],
-        query_len=query_len,
-        key_len=key_len,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        query_stride=_Strides(*query.stride()[:3]),
-        key_stride=_Strides(*key.stride()[:3]),
-        value_stride=_Strides(*value.stride()[:3]),
-        out_stride=_Strides(*out.stride()[:3]),
-        query_block=params.block_size,
-        key_block=params.key_size,
-        free_first=free_first,
-        free_last=free_last,
-        query_first=query_first,
-        query_last=query_last,
-        scale=params.scale,
-        mass_limit=MASS_FACTOR_LIMIT,
-        routing_weight=ROUTING_WEIGHT if params.weighs_routing else 0.0,
-        dtype=_DTYPES[query.dtype],
-        routing=_ROUTINGS[params.routing],
-        order=_ORDERS[params.order],
         threads=torch.get_num_threads() if threads is None else threads,
+        dtype=_DTYPES[query.dtype],
+        **_sizes(query, key, value, out),
+        **_settings(params),
+        **shares.fields,
     )
     # From torch's allocator, so that its memory accounting and its tests see the workspace.
     floats = native.pisa_workspace_floats(ctypes.byref(call))
@@ -237,3 +208,59 @@ def attention(
     if status != 0:
         raise MemoryError(f"the native attention library failed with status {status}")
     return out, lse
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> dict[str, Any]:
+    strides = {
+        f"{name}_stride": _Strides(*tensor.stride()[:3])
+        for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out))
+    }
+    return {
+        "batch": query.shape[0],
+        "heads": query.shape[1],
+        "kv_heads": key.shape[1],
+        "query_len": query.shape[2],
+        "key_len": key.shape[2],
+        "head_dim": query.shape[3],
+        "value_dim": value.shape[3],
+        **strides,
+    }
+
+
+def _settings(params: AttentionParams) -> dict[str, Any]:
+    return {
+        "query_block": params.block_size,
+        "key_block": params.key_size,
+        "scale": params.scale,
+        "mass_limit": MASS_FACTOR_LIMIT,
+        "routing_weight": ROUTING_WEIGHT if params.weighs_routing else 0.0,
+        "routing": _ROUTINGS[params.routing],
+        "order": _ORDERS[params.order],
+    }
+
+
+class _Shares:
+    """Which blocks routing may choose from, and how many for each head.
+
+    Holds the arrays that `fields` point to.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, params: AttentionParams, density: Tensor | None
+    ) -> None:
+        heads, query_len, key_len = query.shape[1], query.shape[2], key.shape[2]
+        first, last = free_key_blocks(key_len, params)
+        query_first, query_last = 0, block_count(query_len, params.block_size)
+        if query_len == key_len and params.exact != (0, 0):
+            query_first, query_last = free_query_blocks(query_len, params)
+        shares = budgets(density, heads, last - first, params)
+        self._top_k = (ctypes.c_int64 * heads)(*(share.count for share in shares))
+        self._beta = (ctypes.c_double * heads)(*(share.beta for share in shares))
+        self.fields = {
+            "top_k": ctypes.addressof(self._top_k),
+            "beta": ctypes.addressof(self._beta),
+            "free_first": first,
+            "free_last": last,
+            "query_first": query_first,
+            "query_last": query_last,
+        }

@@ -27,9 +27,9 @@ from ..params import (
     free_query_blocks,
 )
 from ..permutation import check_values
+from ..reference import COVARIANCE_EPS
 from .budget import Budget, budgets
 
-_COVARIANCE_EPS = 1e-6
 # Gathered keys and values and the logits of one chunk, per worker: about what a cache holds.
 _CHUNK_ELEMENTS = 1 << 20
 _COVARIANCE_BLOCKS = 64  # block matrices that are formed at a time
@@ -232,7 +232,8 @@ def _select(
         free = score > mean + budget.beta * sigma
         free.scatter_(1, score.argmax(1, keepdim=True), True)
     else:
-        best = score.topk(budget.count, dim=1).indices
+        # Of blocks that score alike the first ones, as in the specification; `topk` takes any.
+        best = score.argsort(dim=1, descending=True, stable=True)[:, : budget.count]
         free = torch.zeros_like(valid).scatter_(1, best, True)
     selected[:, first:last] = free & valid
     if query_len == key_len and params.exact != (0, 0):
@@ -254,7 +255,7 @@ def _log_covariance(head: _Head) -> Tensor:
         (head.centred(part).transpose(1, 2) @ head.value[part] - mean).flatten(1).norm(dim=1)
         for part in parts
     ]
-    return (torch.cat(norms) + _COVARIANCE_EPS).log()
+    return (torch.cat(norms) + COVARIANCE_EPS).log()
 
 
 def _chunks(counts: Tensor, elements: int) -> Iterator[Tensor]:
@@ -319,15 +320,4 @@ def _attend(
         out += block_weight @ head.value_mean
         if first_order is not None:
             out += block_weight.sum(2, keepdim=True) * (q @ first_order)
-        elif params.order == "blockwise":
-            out += _blockwise(q, block_weight, head, params.scale)
     return out, lse
-
-
-def _blockwise(q: Tensor, block_weight: Tensor, head: _Head, scale: float) -> Tensor:
-    """`sum_j exp(s(q, kbar_j)) * scale * q @ H_j` token by token, without forming any H_j."""
-    size = head.key.shape[1]
-    # exp(s(q, kbar_j)) is the block's weight divided by its length.
-    per_token = (block_weight / head.length.clamp(min=1)).repeat_interleave(size, dim=2)
-    linear = scale * (q @ head.centred().flatten(0, 1).T)  # [C, R, N * S]
-    return (per_token * linear) @ head.value.flatten(0, 1)

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pisa_compile")
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def read_table(path: str | Path) -> dict[Key, Config]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"expected a table of kernel configurations (schema {_SCHEMA}) as "
-            f"`python -m pisa_compile.kernels.triton.tune` writes it, got {path}: "
+            f"`python -m pisa_compile.kernels.triton.tools.tune` writes it, got {path}: "
             f"{type(error).__name__}: {error}"
         ) from error
 

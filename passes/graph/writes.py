@@ -20,7 +20,7 @@ from .calls import call_of
 from .operations import aliased_inputs
 
 # Results of these hold what they held; only what autograd or a reader knows of them changes.
-_HARMLESS = frozenset({"requires_grad", "retain_grad", "detach", "rename"})
+_HARMLESS = frozenset({"requires_grad", "retain_grad", "clone", "rename"})  # `detach_` is a clone
 # Functions that write to arguments without a word in their names: where those stand, and the
 # argument, with its place and default, that makes them do it.
 _HIDDEN_WRITES: dict[str, tuple[tuple[int, ...], int, str, bool]] = {
@@ -51,6 +51,9 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 def _written(node: fx.Node) -> Iterator[Any]:
     yield node.kwargs.get("out")
     target = node.target
+    call = call_of(node)
+    if call is not None and call.name in _HARMLESS:
+        return
     if isinstance(target, torch._ops.OpOverload):
         for at, argument in enumerate(target._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -59,11 +62,10 @@ def _written(node: fx.Node) -> Iterator[Any]:
     if isinstance(target, torch._ops.HigherOrderOperator):
         yield from _written_inside(node)
         return
-    call = call_of(node)
     if call is None:  # not torch's own: a function that is allowed in graphs, a kernel
         yield list(node.all_input_nodes)
         return
-    if (call.in_place and call.name not in _HARMLESS) or _inplace_argument(node, call.name):
+    if call.in_place or _inplace_argument(node, call.name):
         yield call.args[:1]
     if call.name in _HIDDEN_WRITES:
         places, at, name, default = _HIDDEN_WRITES[call.name]

@@ -16,13 +16,13 @@ from torch import fx
 from ..graph.axes import Axes, Dims
 from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_tensor
+from ..graph.operations import SLICES, SPLITS
 from ..graph.product import product_of
 from ..sites.site import AttentionSite, View
 from .steps import indexed, same_axis
 
 Kind = Literal["token", "channel"]
 
-_SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 _MOST = 64  # projections stand near their attention
 
 
@@ -104,7 +104,7 @@ def _before(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
             yield from ((part, dim - shift) for part in call.joined() if is_tensor(part))
     elif call.name == "getitem" and not is_tensor(source):
         yield from _part(source, dim)
-    elif is_tensor(source) and call.name in ("getitem", "select", "narrow", "slice"):
+    elif is_tensor(source) and call.name in SLICES:
         found = indexed(call, example(source).dim(), dim)
         if found is not None and found[0] is not None:
             yield source, found[0]
@@ -117,7 +117,7 @@ def _before(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
 def _part(base: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
     """One of the results of a split, or of an operation such as `max`."""
     call = call_of(base)
-    if call is None or call.name not in _SPLITS or not is_tensor(call.args[0]):
+    if call is None or call.name not in SPLITS or not is_tensor(call.args[0]):
         return
     at = call.argument(1, "dim", default=0) if call.name == "unbind" else None
     shift = at is not None and dim >= at % example(call.args[0]).dim()

@@ -274,7 +274,7 @@ def _compiled(
     architectures: list[str], head_dims: list[int], console: Console
 ) -> Iterator[dict[str, Any]]:
     try:
-        from ..kernels.triton import compile_check
+        from ..kernels.triton.tools import compile_check
     except ImportError as error:
         raise UserError(f"--kernels needs Triton: {error}") from error
     known = compile_check.SHARED_LIMITS

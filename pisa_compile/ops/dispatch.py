@@ -6,16 +6,45 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.params import MAX_KERNEL_BLOCKS, AttentionParams, Settings, block_count
+from ..kernels.params import MAX_KERNEL_BLOCKS, ORDERS, AttentionParams, Settings, block_count
 
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
-MAX_HEAD_DIM = 256
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_KERNEL_ORDERS = tuple(order for order in ORDERS if order != "blockwise")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an implementation can run; a field at its default limits nothing.
+
+    Attributes:
+        devices: types of devices, and what to call their tensors.
+        head_dim: the largest, of queries and keys or of values.
+        key_blocks: the most that it can number.
+    """
+
+    devices: tuple[str, ...] = ()
+    devices_text: str = ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, *_HALF)
+    orders: tuple[str, ...] = ORDERS
+    head_dim: int | None = None
+    key_blocks: int | None = None
+
+
+LIMITS = {
+    "reference": Limits(),
+    "cpu": Limits(("cpu",), "CPU", orders=_KERNEL_ORDERS),
+    "triton": Limits(
+        ("cuda", "cpu"), "CUDA and ROCm", dtypes=(torch.float32, *_HALF), orders=_KERNEL_ORDERS,
+        head_dim=256, key_blocks=MAX_KERNEL_BLOCKS,
+    ),
+}  # fmt: skip
+IMPLEMENTATIONS = tuple(LIMITS)
 
 
 class UnsupportedError(RuntimeError):
@@ -57,34 +86,34 @@ def refusal(
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
-    params: Settings,
+    settings: Settings,
     key_len: int | torch.SymInt | None = None,
 ) -> str | None:
     """Why `impl` cannot run such a call, or None. The reference runs everything.
 
     A `key_len` that is symbolic or not given is not judged.
     """
-    if impl == "reference":
-        return None
-    if impl == "cpu":
-        return None if device.type == "cpu" else f"it runs CPU tensors, these are on {device}"
-    if not _has_triton():
+    limits = LIMITS[impl]
+    if impl == "triton" and not _has_triton():
         return "the triton package is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if limits.devices and device.type not in limits.devices:
+        return f"it runs {limits.devices_text} tensors, these are on {device}"
+    if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "CPU tensors need TRITON_INTERPRET=1 set before Triton is imported"
-    if device.type not in ("cpu", "cuda"):
-        return f"it runs CUDA and ROCm tensors, these are on {device}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"it supports float32, bfloat16 and float16, not {dtype}"
-    if max(head_dim, value_dim) > MAX_HEAD_DIM:
-        return f"it supports head_dim up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
-    if params.order == "blockwise":
-        return "it does not implement order='blockwise'"
-    if isinstance(key_len, int) and block_count(key_len, params.key_size) > MAX_KERNEL_BLOCKS:
-        return (
-            f"it supports up to {MAX_KERNEL_BLOCKS} key blocks, not "
-            f"{block_count(key_len, params.key_size)}; use a larger block_size"
-        )
+    if dtype not in limits.dtypes:
+        names = [str(x).removeprefix("torch.") for x in limits.dtypes]
+        return f"it supports {', '.join(names[:-1])} and {names[-1]}, not {dtype}"
+    if limits.head_dim is not None and max(head_dim, value_dim) > limits.head_dim:
+        return f"it supports head_dim up to {limits.head_dim}, not {max(head_dim, value_dim)}"
+    if settings.order not in limits.orders:
+        return f"it does not implement order={settings.order!r}"
+    if limits.key_blocks is not None and isinstance(key_len, int):
+        blocks = block_count(key_len, settings.key_size)
+        if blocks > limits.key_blocks:
+            return (
+                f"it supports up to {limits.key_blocks} key blocks, not {blocks}; use a larger "
+                "block_size"
+            )
     return None
 
 

@@ -158,7 +158,7 @@ def test_doctor_fails_with_advice(monkeypatch, capsys) -> None:
 
 
 def test_doctor_lists_compiled_kernels(monkeypatch, capsys) -> None:
-    check = pytest.importorskip("pisa_compile.kernels.triton.compile_check")
+    check = pytest.importorskip("pisa_compile.kernels.triton.tools.compile_check")
     rows = [
         check.Row("forward", "sm_90", 64, "bfloat16", "", True, "wgmma", 200, spills, 1024, 2048)
         for spills in (0, 8)

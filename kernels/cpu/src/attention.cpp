@@ -33,40 +33,40 @@ void pause() {
 }  // namespace
 
 Scratch Attention::scratch(int64_t thread) const {
-  float* base = c.workspace + thread * p.per_thread;
-  float* rows = base + p.rows;
-  return Scratch{base + p.keys,
-                 base + p.values,
-                 base + p.query,
-                 base + p.logits,
-                 base + p.acc,
+  float* base = call.workspace + thread * plan.per_thread;
+  float* rows = base + plan.rows;
+  return Scratch{base + plan.keys,
+                 base + plan.values,
+                 base + plan.query,
+                 base + plan.logits,
+                 base + plan.acc,
                  rows,
                  rows + kTile,
                  rows + 2 * kTile,
                  rows + 3 * kTile,
                  rows + 4 * kTile,
                  rows + 5 * kTile,
-                 base + p.score,
-                 base + p.bias,
-                 reinterpret_cast<int32_t*>(base + p.index),
-                 base + p.block_matrix};
+                 base + plan.score,
+                 base + plan.bias,
+                 reinterpret_cast<int32_t*>(base + plan.index),
+                 base + plan.block_matrix};
 }
 
 Head Attention::head(int64_t first, int64_t offset) const {
-  const int64_t b = (first + offset) / c.kv_heads;
-  float* keys = c.workspace + p.pack + offset * p.packed_size;
+  const int64_t b = (first + offset) / call.kv_heads;
+  float* keys = call.workspace + plan.pack + offset * plan.packed_size;
   return Head{b,
-              (first + offset) % c.kv_heads,
-              c.workspace + p.key_mean + offset * p.blocks * p.ld_key,
-              c.workspace + p.value_mean + offset * p.blocks * p.ld_value,
-              c.workspace + p.matrix + offset * p.chunks * p.matrix_size,
-              c.workspace + p.norm + offset * p.blocks,
-              c.workspace + p.log_weight + offset * p.blocks,
-              c.workspace + p.variance + offset * p.blocks * p.ld_key,
-              c.workspace + p.energy + (first + offset) * p.chunks * p.ld_key,
+              (first + offset) % call.kv_heads,
+              call.workspace + plan.key_mean + offset * plan.blocks * plan.ld_key,
+              call.workspace + plan.value_mean + offset * plan.blocks * plan.ld_value,
+              call.workspace + plan.matrix + offset * plan.chunks * plan.matrix_size,
+              call.workspace + plan.norm + offset * plan.blocks,
+              call.workspace + plan.log_weight + offset * plan.blocks,
+              call.workspace + plan.variance + offset * plan.blocks * plan.ld_key,
+              call.workspace + plan.energy + (first + offset) * plan.chunks * plan.ld_key,
               keys,
-              keys + p.blocks * c.key_block * p.ld_key,
-              reinterpret_cast<int32_t*>(c.workspace + p.length) + b * p.blocks};
+              keys + plan.blocks * call.key_block * plan.ld_key,
+              reinterpret_cast<int32_t*>(call.workspace + plan.length) + b * plan.blocks};
 }
 
 // ---- One query tile ----
@@ -77,32 +77,32 @@ void Attention::attend(const Scratch& s, const Rows* keys, const Rows* values, i
   std::fill_n(s.peak, width, -kInfinity);
   int64_t count = 0;
   for (const Rows* piece = keys; piece < keys + pieces; count += piece++->count)
-    k.scores(s.logits + count * width, s.peak, piece->first, p.ld_key, piece->count, s.query,
-             c.head_dim, width, static_cast<float>(c.scale * kLog2E), bias ? bias + count : bias);
-  k.softmax(s.logits, count, width, s.peak, s.top, s.mass, s.alpha);
-  k.accumulate(s.acc, s.alpha, values, pieces, p.ld_value, c.value_dim, s.logits, width);
+    kernels.scores(s.logits + count * width, s.peak, piece->first, plan.ld_key, piece->count, s.query,
+             call.head_dim, width, static_cast<float>(call.scale * kLog2E), bias ? bias + count : bias);
+  kernels.softmax(s.logits, count, width, s.peak, s.top, s.mass, s.alpha);
+  kernels.accumulate(s.acc, s.alpha, values, pieces, plan.ld_value, call.value_dim, s.logits, width);
 }
 
 void Attention::approximate(const Scratch& s, const Head& h, int64_t width) const {
   bool any = false;
-  for (int64_t j = 0; j < p.blocks; j += kTile) {
-    const int64_t count = std::min(kTile, p.blocks - j);
+  for (int64_t j = 0; j < plan.blocks; j += kTile) {
+    const int64_t count = std::min(kTile, plan.blocks - j);
     if (std::all_of(s.bias + j, s.bias + j + count, [](float x) { return x == -kInfinity; }))
       continue;
     any = true;
-    const Rows keys{h.key_mean + j * p.ld_key, count};
-    const Rows values{h.value_mean + j * p.ld_value, count};
+    const Rows keys{h.key_mean + j * plan.ld_key, count};
+    const Rows values{h.value_mean + j * plan.ld_value, count};
     attend(s, &keys, &values, 1, width, s.bias + j);
   }
-  if (!any || (c.order != kHybrid && c.order != kCorrected)) return;
+  if (!any || (call.order != kHybrid && call.order != kCorrected)) return;
   // The mass so far is the tail mass g, and the term (g / Tk) * scale * q @ H has the form of
   // one more product with H in the place of the values.
-  const double per_key = c.scale / static_cast<double>(valid_keys[h.b]);
+  const double per_key = call.scale / static_cast<double>(valid_keys[h.b]);
   for (int64_t w = 0; w < width; ++w)
     s.factor[w] = static_cast<float>(s.mass[w] * per_key);
-  k.scale_columns(s.keys, s.query, s.factor, width, c.head_dim);
-  const Rows matrix{h.matrix, c.head_dim};
-  k.accumulate(s.acc, nullptr, &matrix, 1, p.ld_value, c.value_dim, s.keys, width);
+  kernels.scale_columns(s.keys, s.query, s.factor, width, call.head_dim);
+  const Rows matrix{h.matrix, call.head_dim};
+  kernels.accumulate(s.acc, nullptr, &matrix, 1, plan.ld_value, call.value_dim, s.keys, width);
 }
 
 void Attention::exact(const Scratch& s, const Head& h, int64_t width) const {
@@ -117,7 +117,7 @@ void Attention::exact(const Scratch& s, const Head& h, int64_t width) const {
   const auto add = [&](const float* key, const float* value, int64_t count) {
     if (count == 0) return;
     filled += count;
-    if (pieces > 0 && keys[pieces - 1].first + keys[pieces - 1].count * p.ld_key == key) {
+    if (pieces > 0 && keys[pieces - 1].first + keys[pieces - 1].count * plan.ld_key == key) {
       keys[pieces - 1].count += count;  // values lie as keys do
       values[pieces - 1].count += count;
       return;
@@ -125,18 +125,18 @@ void Attention::exact(const Scratch& s, const Head& h, int64_t width) const {
     keys[pieces] = {key, count};
     values[pieces++] = {value, count};
   };
-  for (int64_t i = 0; i < p.blocks && s.index[i] >= 0; ++i) {
+  for (int64_t i = 0; i < plan.blocks && s.index[i] >= 0; ++i) {
     const int64_t j = s.index[i];
-    const int64_t length = p.packed ? h.length[j] : block_rows(j);
+    const int64_t length = plan.packed ? h.length[j] : block_rows(j);
     for (int64_t n = 0; n < length; n += kTile) {
-      const int64_t rows = std::min(kTile, length - n), place = j * c.key_block + n;
+      const int64_t rows = std::min(kTile, length - n), place = j * call.key_block + n;
       if (filled + rows > kTile) flush();
-      if (p.packed) {
-        add(h.packed_keys + place * p.ld_key, h.packed_values + place * p.ld_value, rows);
+      if (plan.packed) {
+        add(h.packed_keys + place * plan.ld_key, h.packed_values + place * plan.ld_value, rows);
         continue;
       }
-      float* key = s.keys + filled * p.ld_key;
-      float* value = s.values + filled * p.ld_value;
+      float* key = s.keys + filled * plan.ld_key;
+      float* value = s.values + filled * plan.ld_value;
       add(key, value, load(h, key, value, place, rows));
     }
   }
@@ -144,42 +144,42 @@ void Attention::exact(const Scratch& s, const Head& h, int64_t width) const {
 }
 
 void Attention::tile(const Scratch& s, int64_t first_head, int64_t unit) {
-  const int64_t offset = unit / p.tiles / p.group;
+  const int64_t offset = unit / plan.tiles / plan.group;
   const Head h = head(first_head, offset);
-  const int64_t query_head = h.g * p.group + unit / p.tiles % p.group;
-  const int64_t t = unit % p.tiles * p.width, query_block = t / c.query_block;
-  const int64_t rows = std::min(p.width, c.query_len - t);
+  const int64_t query_head = h.g * plan.group + unit / plan.tiles % plan.group;
+  const int64_t t = unit % plan.tiles * plan.width, query_block = t / call.query_block;
+  const int64_t rows = std::min(plan.width, call.query_len - t);
   const int64_t width = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
 
-  const int64_t block_start = query_block * c.query_block;
-  const int64_t block_rows = std::min(c.query_block, c.query_len - block_start);
-  k.load_rows(s.keys, p.ld_key,
-              row(c.query, c.query_stride, h.b, query_head, start(block_start)),
-              c.query_stride[2], tokens(block_start), block_rows, c.head_dim, c.dtype, nullptr);
-  k.column_mean(s.query_mean, s.keys, p.ld_key, block_rows, static_cast<float>(block_rows));
+  const int64_t block_start = query_block * call.query_block;
+  const int64_t block_rows = std::min(call.query_block, call.query_len - block_start);
+  kernels.load_rows(s.keys, plan.ld_key,
+              row(call.query, call.query_stride, h.b, query_head, start(block_start)),
+              call.query_stride[2], tokens(block_start), block_rows, call.head_dim, call.dtype, nullptr);
+  kernels.column_mean(s.query_mean, s.keys, plan.ld_key, block_rows, static_cast<float>(block_rows));
   select(s, h, query_head,
-         c.top_k[query_head] == 0 || query_block < c.query_first || query_block >= c.query_last);
+         call.top_k[query_head] == 0 || query_block < call.query_first || query_block >= call.query_last);
 
-  float* tile_rows = s.keys + (t - block_start) * p.ld_key;
-  std::fill_n(tile_rows + rows * p.ld_key, (width - rows) * p.ld_key, 0.0f);
-  k.transpose(s.query, width, tile_rows, p.ld_key, width, p.ld_key);
+  float* tile_rows = s.keys + (t - block_start) * plan.ld_key;
+  std::fill_n(tile_rows + rows * plan.ld_key, (width - rows) * plan.ld_key, 0.0f);
+  kernels.transpose(s.query, width, tile_rows, plan.ld_key, width, plan.ld_key);
 
   std::fill_n(s.top, width, -kInfinity);
   std::fill_n(s.mass, width, 0.0f);
-  std::fill_n(s.acc, p.ld_value * width, 0.0f);
-  if (c.order != kNone) approximate(s, h, width);
+  std::fill_n(s.acc, plan.ld_value * width, 0.0f);
+  if (call.order != kNone) approximate(s, h, width);
   exact(s, h, width);
 
   const int64_t* at = tokens(t);
-  float* lse = c.lse + (h.b * c.heads + query_head) * c.query_len + start(t);
+  float* lse = call.lse + (h.b * call.heads + query_head) * call.query_len + start(t);
   for (int64_t w = 0; w < rows; ++w)
     lse[at ? at[w] : w] =
         static_cast<float>((s.top[w] + std::log2(static_cast<double>(s.mass[w]))) / kLog2E);
   for (int64_t w = 0; w < width; ++w) s.factor[w] = s.mass[w] != 0.0f ? 1.0f / s.mass[w] : 0.0f;
-  k.scale_columns(s.acc, s.acc, s.factor, width, p.ld_value);
-  k.transpose(s.values, p.ld_value, s.acc, width, p.ld_value, width);
-  void* out = const_cast<void*>(row(c.out, c.out_stride, h.b, query_head, start(t)));
-  k.store_rows(out, c.out_stride[2], at, s.values, p.ld_value, rows, c.value_dim, c.dtype);
+  kernels.scale_columns(s.acc, s.acc, s.factor, width, plan.ld_value);
+  kernels.transpose(s.values, plan.ld_value, s.acc, width, plan.ld_value, width);
+  void* out = const_cast<void*>(row(call.out, call.out_stride, h.b, query_head, start(t)));
+  kernels.store_rows(out, call.out_stride[2], at, s.values, plan.ld_value, rows, call.value_dim, call.dtype);
 }
 
 // ---- Threads ----
@@ -205,32 +205,32 @@ void Attention::work() {
 }
 
 void Attention::run() {
-  valid_keys.assign(c.batch, 0);
-  for (int64_t b = 0; b < c.batch; ++b) count_lengths(b);
-  const int64_t kv = c.batch * c.kv_heads;
-  if (p.corrected && p.token_major)
-    phases.push_back({&Attention::energies, 0, c.batch * p.chunks});
-  for (int64_t first = 0; first < kv; first += p.heads) {
-    const int64_t heads = std::min(p.heads, kv - first);
+  valid_keys.assign(call.batch, 0);
+  for (int64_t b = 0; b < call.batch; ++b) count_lengths(b);
+  const int64_t kv = call.batch * call.kv_heads;
+  if (plan.corrected && plan.token_major)
+    phases.push_back({&Attention::energies, 0, call.batch * plan.chunks});
+  for (int64_t first = 0; first < kv; first += plan.heads) {
+    const int64_t heads = std::min(plan.heads, kv - first);
     // Where a head's queries lie together, shortly before they are attended with.
-    if (p.corrected && !p.token_major)
-      phases.push_back({&Attention::energies, first, heads * p.chunks});
-    if (p.sparse || p.packed)
-      phases.push_back({&Attention::statistics, first, heads * p.chunks});
-    if (p.corrected || (p.first_order && p.chunks > 1))
+    if (plan.corrected && !plan.token_major)
+      phases.push_back({&Attention::energies, first, heads * plan.chunks});
+    if (plan.sparse || plan.packed)
+      phases.push_back({&Attention::statistics, first, heads * plan.chunks});
+    if (plan.corrected || (plan.first_order && plan.chunks > 1))
       phases.push_back({&Attention::reduce, first, heads});
-    if (p.covariance) phases.push_back({&Attention::covariance, first, heads * p.chunks});
-    phases.push_back({&Attention::tile, first, heads * p.group * p.tiles});
+    if (plan.covariance) phases.push_back({&Attention::covariance, first, heads * plan.chunks});
+    phases.push_back({&Attention::tile, first, heads * plan.group * plan.tiles});
   }
   next = std::vector<std::atomic<int64_t>>(phases.size());
   done = std::vector<std::atomic<int64_t>>(phases.size());
   const auto body = [](void* self) { static_cast<Attention*>(self)->work(); };
-  if (p.threads == 1)
+  if (plan.threads == 1)
     body(this);
-  else if (c.parallel)
-    c.parallel(body, this, static_cast<uint32_t>(p.threads), 0);
+  else if (call.parallel)
+    call.parallel(body, this, static_cast<uint32_t>(plan.threads), 0);
   else
-    Pool::instance().run(p.threads, body, this);
+    Pool::instance().run(plan.threads, body, this);
 }
 
 }  // namespace pisa

@@ -24,7 +24,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 class Attention {
  public:
-  Attention(const Call& call, const Kernels& kernels) : c(call), k(kernels), p(call) {}
+  Attention(const Call& given, const Kernels& chosen)
+      : call(given), kernels(chosen), plan(given) {}
 
   void run();
 
@@ -39,23 +40,23 @@ class Attention {
   Scratch scratch(int64_t thread) const;
   Head head(int64_t first, int64_t offset) const;
   const void* row(const void* base, const int64_t* stride, int64_t b, int64_t h, int64_t t) const {
-    const int64_t element = c.dtype == kFloat32 ? 4 : 2;
+    const int64_t element = call.dtype == kFloat32 ? 4 : 2;
     return static_cast<const char*>(base) +
            (b * stride[0] + h * stride[1] + t * stride[2]) * element;
   }
   // The tokens at the places from `t` on are start(t) + tokens(t)[i], or start(t) + i if null.
-  const int64_t* tokens(int64_t t) const { return c.permutation ? c.permutation + t : nullptr; }
-  int64_t start(int64_t t) const { return c.permutation ? 0 : t; }
-  int64_t block_rows(int64_t j) const { return std::min(c.key_block, c.key_len - j * c.key_block); }
+  const int64_t* tokens(int64_t t) const { return call.permutation ? call.permutation + t : nullptr; }
+  int64_t start(int64_t t) const { return call.permutation ? 0 : t; }
+  int64_t block_rows(int64_t j) const { return std::min(call.key_block, call.key_len - j * call.key_block); }
   const uint8_t* keep(int64_t b, int64_t t) const {
-    return c.mask ? c.mask + b * c.key_len + start(t) : nullptr;
+    return call.mask ? call.mask + b * call.key_len + start(t) : nullptr;
   }
   // The valid keys and values among `rows` tokens from place `t`, as float32. Returns their number.
   int64_t load(const Head& head, float* keys, float* values, int64_t t, int64_t rows) const {
-    k.load_rows(keys, p.ld_key, row(c.key, c.key_stride, head.b, head.g, start(t)),
-                c.key_stride[2], tokens(t), rows, c.head_dim, c.dtype, keep(head.b, t));
-    return k.load_rows(values, p.ld_value, row(c.value, c.value_stride, head.b, head.g, start(t)),
-                       c.value_stride[2], tokens(t), rows, c.value_dim, c.dtype, keep(head.b, t));
+    kernels.load_rows(keys, plan.ld_key, row(call.key, call.key_stride, head.b, head.g, start(t)),
+                call.key_stride[2], tokens(t), rows, call.head_dim, call.dtype, keep(head.b, t));
+    return kernels.load_rows(values, plan.ld_value, row(call.value, call.value_stride, head.b, head.g, start(t)),
+                       call.value_stride[2], tokens(t), rows, call.value_dim, call.dtype, keep(head.b, t));
   }
 
   void count_lengths(int64_t b);
@@ -73,9 +74,9 @@ class Attention {
   void attend(const Scratch& s, const Rows* keys, const Rows* values, int64_t pieces,
               int64_t width, const float* bias) const;
 
-  const Call& c;
-  const Kernels& k;
-  const Plan p;
+  const Call& call;
+  const Kernels& kernels;
+  const Plan plan;
   std::vector<Phase> phases;
   std::vector<int64_t> valid_keys;                // [B]
   std::vector<std::atomic<int64_t>> next, done;  // units begun and completed, per phase

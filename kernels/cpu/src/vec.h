@@ -28,6 +28,8 @@ PISA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
 PISA_INLINE vf splat(float x) { return x - vf{}; }
 PISA_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 PISA_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
+PISA_INLINE vi as_int(vu x) { return reinterpret_cast<vi>(x); }
+PISA_INLINE vu as_bits(vf x) { return reinterpret_cast<vu>(x); }
 PISA_INLINE vf maximum(vf x, vf y) { return x > y ? x : y; }
 
 PISA_INLINE float horizontal_sum(vf x) {
@@ -48,8 +50,9 @@ PISA_INLINE vf exp2_nonpositive(vf x) {
   p = p * r + 2.40222420e-1f;
   p = p * r + 6.93146980e-1f;
   p = p * r + 1.0f;
-  const vi exponent = (as_int(shifted) - as_int(magic)) << 23;
-  return as_float((as_int(p) + exponent) & ~(x < splat(-125.0f)));
+  // Without a sign, as bits are shifted and sums may wrap where x is far below the range.
+  const vu exponent = (as_bits(shifted) - as_bits(magic)) << 23;
+  return as_float(as_int(as_bits(p) + exponent) & ~(x < splat(-125.0f)));
 }
 
 // Interleaves the lower (or upper) halves of x and y.

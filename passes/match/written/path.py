@@ -23,9 +23,8 @@ from ...graph.writes import UnknownValueError, Writes, written_by
 # Long enough for scores that are scaled, masked, cast and viewed several times each.
 _LENGTH = 16
 _MOST_PATHS = 6
-_VIEWS = REARRANGEMENTS | {"getitem"}
 _EITHER = {"add", "mul", "sub", "rsub"}  # the path may run through either operand
-_FIRST = {"div", "masked_fill", "setitem", "negative"}
+_FIRST = {"div", "masked_fill", "setitem", "negative", "getitem"}
 _ALSO_EITHER = {"div", "maximum", "minimum", "pow", "floordiv", "addcmul", "addcdiv", "lerp"}
 _ENDS = {"softmax", "log_softmax", "softmin", "embedding"}  # of what could be one attention
 _REDUCTIONS = {"sum", "mean", "max", "min", "prod", "argmax", "norm", "logsumexp", "any", "all"}
@@ -127,7 +126,7 @@ def operands(node: fx.Node, through_anything: bool = False) -> tuple[Any, ...]:
         return call.args[:2]
     if call.name == "where":
         return (chosen(call) or ())[1:]
-    if call.name in _FIRST | _VIEWS | SAME:
+    if call.name in _FIRST | REARRANGEMENTS | SAME:
         return call.args[:1]
     return _any_operands(node, call) if through_anything else ()
 

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 
-from pisa_compile.kernels.triton.compile_check import ARCHITECTURES, HEAD_DIMS, rows
 from pisa_compile.kernels.triton.configs import Launch, lookup
+from pisa_compile.kernels.triton.tools.compile_check import ARCHITECTURES, HEAD_DIMS, rows
 
 KINDS = {
     "sm_80": "mma.sync", "sm_86": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma",

@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 
 from pisa_compile.kernels import triton
 from pisa_compile.kernels.params import AttentionParams
-from pisa_compile.kernels.testing import Inputs, random_inputs
-from pisa_compile.kernels.triton import configs, tune
-from pisa_compile.kernels.triton.compile_check import launches_of
+from pisa_compile.kernels.testing import random_inputs
+from pisa_compile.kernels.triton import configs
 from pisa_compile.kernels.triton.geometry import Device
-from pisa_compile.kernels.triton.launcher import check
 from pisa_compile.kernels.triton.plan import plan
+from pisa_compile.kernels.triton.tools import tune
+from pisa_compile.kernels.triton.tools.compile_check import launches_of
 from pisa_compile.ops import dispatch
 
 PARAMS = AttentionParams(scale=0.1)
@@ -28,60 +28,6 @@ INPUTS = random_inputs(batch=2, heads=4, kv_heads=2, query_len=100)
 def test_cpu_tensors_need_the_interpreter() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         triton.attention(*INPUTS.astuple(), PARAMS)
-
-
-def _with(**changes: Any) -> tuple[Inputs, AttentionParams]:
-    params = {k: changes.pop(k) for k in list(changes) if hasattr(PARAMS, k)}
-    return replace(INPUTS, **changes), replace(PARAMS, **params)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"order": "blockwise"}, "order in .*'hybrid'.*'blockwise'"),
-        ({"routing": "random"}, "routing in .*'random'"),
-        ({"block_size": 48}, "block_size in .*48"),
-        ({"key_block_size": 8}, "key_block_size in .*8"),
-        ({"query": INPUTS.query.double()}, "dtype in .*float64"),
-        ({"query": INPUTS.query.half()}, "one dtype"),
-        ({"key": INPUTS.key[:, :, :50]}, "expected query"),
-        ({"query": INPUTS.query[:, :3]}, "multiple of G"),
-        ({"query": torch.zeros(2, 4, 9, 320), "key": torch.zeros(2, 2, 100, 320)}, "up to 256"),
-        ({"key": torch.empty(2, 2, 2**20 + 16, 64, device="meta"),
-          "value": torch.empty(2, 2, 2**20 + 16, 1, device="meta"),
-          "block_size": 16}, "at most 65536 key blocks are supported, got 65537"),
-        ({"key_mask": torch.ones(2, 100)}, "boolean"),
-        ({"key_mask": torch.ones(2, 99, dtype=torch.bool)}, "key_mask"),
-        ({"key_mask": torch.ones(2, 100, dtype=torch.bool, device="meta")}, "one device"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_refusals_say_what_is_supported(changes: dict[str, Any], message: str) -> None:
-    inputs, params = _with(**changes)
-    with pytest.raises(ValueError, match=message):
-        check(*inputs.astuple(), params)
-
-
-@pytest.mark.parametrize(
-    "density", [torch.ones(2), torch.ones(1, 4), torch.ones(4, dtype=torch.float64)]
-)
-def test_density_is_checked(density: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"density must be float32 \[\] or \[H\] = \[4\]"):
-        check(*INPUTS.astuple(), PARAMS, density)
-
-
-@pytest.mark.parametrize(
-    "permutation", [torch.arange(99), torch.arange(100).short(), torch.arange(100)[None]]
-)
-def test_permutation_is_checked(permutation: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="permutation must be int32 or int64"):
-        check(*INPUTS.astuple(), PARAMS, None, permutation)
-
-
-def test_permutation_needs_self_attention() -> None:
-    inputs = random_inputs(query_len=100, key_len=90)
-    with pytest.raises(ValueError, match="as many keys as queries, .* 90 keys"):
-        check(*inputs.astuple(), PARAMS, None, torch.arange(100))
 
 
 def test_dispatch_knows_how_many_blocks_there_may_be() -> None:

@@ -1,26 +1,19 @@
-"""The grid of the tokens is found, in the graph or from the call of the model, and followed."""
+"""The grid of the tokens is found in the graph, and followed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-import pisa_compile as pisa
-from benchmarks.diffusers_models import CASES, Case
-from pisa_compile import backend
-from pisa_compile.caller import tokens_of_caller
 from pisa_compile.kernels.curves import curve
 from pisa_compile.kernels.params import AttentionParams
 from pisa_compile.kernels.reference import attention
-from pisa_compile.ops.token_order import NO_CALLER, CallerTokens
 from pisa_compile.policies.policy import Policy
-from pisa_compile.report.explain import _policy_text
 
 from ..tracing import Rewritten, check_metadata, rewrite
 
@@ -250,207 +243,3 @@ def test_raster_order_when_asked_for_or_when_nothing_is_known() -> None:
 def test_bad_fields(field: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         Policy(**field)
-
-
-class Model(nn.Module):
-    """Packed or latent tokens and a block that sees nothing else."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.block = nn.Identity()
-        self.seen = NO_CALLER
-
-    def forward(self, hidden_states: Tensor | None = None, img_ids: Any = None, **_: Any) -> None:
-        self.seen = tokens_of_caller()
-
-
-def ids(frames: int, height: int, width: int) -> Tensor:
-    return torch.cartesian_prod(*map(torch.arange, (frames, height, width))).float()
-
-
-CALLS: list[tuple[str, dict[str, Any], dict[str, Any], CallerTokens]] = [
-    ("ids", {}, {"img_ids": ids(1, 6, 9)}, CallerTokens(((6, 9),))),
-    ("ids_batch", {}, {"img_ids": ids(2, 6, 9)[None]}, CallerTokens(((2, 6, 9),))),
-    ("ids_shuffled", {}, {"img_ids": ids(1, 6, 9).flip(0)}, NO_CALLER),
-    (
-        "text_ids",
-        {},
-        {"img_ids": ids(1, 6, 9), "txt_ids": torch.zeros(7, 3)},
-        CallerTokens(((6, 9),), 7),
-    ),
-    ("shapes", {}, {"img_shapes": [[(1, 6, 9)]] * 2}, CallerTokens(((6, 9),))),
-    ("two_pictures", {}, {"img_shapes": [[(1, 6, 9), (1, 4, 4)]]}, NO_CALLER),
-    ("sizes", {}, {"num_frames": 3, "height": 6, "width": 9}, CallerTokens(((3, 6, 9),))),
-    (
-        "image",
-        {"patch_size": 2},
-        {"hidden_states": torch.zeros(1, 4, 12, 18)},
-        CallerTokens(((6, 9),)),
-    ),
-    ("no_patch_size", {}, {"hidden_states": torch.zeros(1, 4, 12, 18)}, NO_CALLER),
-    ("packed", {"patch_size": 1}, {"hidden_states": torch.zeros(1, 54, 8)}, NO_CALLER),
-]
-
-
-@pytest.mark.parametrize(
-    ("config", "arguments", "expected"),
-    [case[1:] for case in CALLS],
-    ids=[case[0] for case in CALLS],
-)
-def test_what_a_call_says(
-    config: dict[str, Any], arguments: dict[str, Any], expected: CallerTokens
-) -> None:
-    model = Model(**config)
-    model(**arguments)
-    assert model.seen == expected
-    assert tokens_of_caller() == NO_CALLER  # the call is over
-
-
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        ({"patch_size": (1, 2, 2)}, (1, 16, 3, 12, 18)),
-        ({"patch_size": 2, "patch_size_t": 1}, (1, 16, 3, 12, 18)),
-        ({"patch_size": 2, "patch_size_t": None}, (1, 3, 16, 12, 18)),
-        ({"patch_size": [1, 2, 2]}, (1, 3, 12, 18, 16)),
-    ],
-    ids=["Wan", "HunyuanVideo", "CogVideoX", "Kandinsky"],
-)
-def test_videos_in_any_order(config: dict[str, Any], shape: tuple[int, ...]) -> None:
-    model = Model(**config)
-    model(torch.zeros(shape))
-    assert (3, 6, 9) in model.seen.grids
-
-
-def test_ids_are_read_once() -> None:
-    model, positions = Model(), ids(1, 6, 9)
-    model(img_ids=positions)
-    positions.data.zero_()  # does not count as a change
-    model(img_ids=positions)
-    assert model.seen.grids == ((6, 9),)
-    positions.copy_(ids(1, 9, 6))
-    model(img_ids=positions)
-    assert model.seen.grids == ((9, 6),)
-
-
-# Real geometry, tiny width: 1024x1024 and 832x1248 pixels, 720p with 81 and 129 frames.
-
-
-def flux(height: int, width: int) -> dict[str, Any]:
-    return {
-        **CASES["FluxTransformer2DModel"].inputs(),
-        "hidden_states": torch.randn(1, height * width, 4),
-        "encoder_hidden_states": torch.randn(1, 512, 24),
-        "img_ids": ids(1, height, width),
-        "txt_ids": torch.zeros(512, 3),
-    }
-
-
-def hunyuan_video() -> dict[str, Any]:
-    return {
-        **CASES["HunyuanVideoTransformer3DModel"].inputs(),
-        "hidden_states": torch.randn(1, 4, 33, 90, 160),
-        "encoder_hidden_states": torch.randn(1, 256, 24),
-        "encoder_attention_mask": (torch.arange(256) < 100)[None].long(),
-    }
-
-
-def wan() -> dict[str, Any]:
-    latents = torch.randn(1, 4, 21, 90, 160)
-    return {**CASES["WanTransformer3DModel"].inputs(), "hidden_states": latents}
-
-
-REAL = {
-    "FLUX square": ("FluxTransformer2DModel", lambda: flux(64, 64), (512, 0), (64, 64)),
-    "FLUX tall": ("FluxTransformer2DModel", lambda: flux(78, 52), (512, 0), (78, 52)),
-    "Wan": ("WanTransformer3DModel", wan, (0, 0), (21, 45, 80)),
-    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", hunyuan_video, (0, 256), (33, 45, 80)),
-}
-
-
-def outputs_only(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
-    """In the place of the compiler: outputs of the right shape, nothing is computed."""
-    (output,) = gm.graph.find_nodes(op="output")
-    fakes = [x.meta["example_value"] if isinstance(x, fx.Node) else x for x in output.args[0]]
-    return lambda *_: tuple(
-        torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in fakes
-    )
-
-
-def large(name: str) -> nn.Module:
-    case = CASES[name]
-    more = {"rope_max_seq_len": 1024} if name.startswith("Wan") else {}
-    return replace(case, config=lambda: case.config() | more).build()
-
-
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [
-        (kind, how)
-        for kind in REAL
-        for how in ("whole", "blocks")
-        if (kind, how) != ("FLUX tall", "whole")
-    ],
-)
-def test_found_with_nothing_but_the_backend(
-    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("diffusers")
-    name, make_inputs, exact, grid = REAL[kind]
-    monkeypatch.setattr(backend, "compile_inner", outputs_only)
-    torch._dynamo.reset()
-    model, inputs = large(name), make_inputs()
-    if how == "whole":
-        model.compile(backend="pisa")
-    else:
-        model.compile_repeated_blocks(backend="pisa", fullgraph=True)
-    report = pisa.explain(model, **inputs)
-    tokens = torch.Size(grid).numel() + sum(exact)
-    joint = [site for site in report.sites if site.query_shape[2] == site.key_shape[2] == tokens]
-    assert len(joint) >= 2 if how == "whole" else joint
-    for site in joint:
-        if site.replaced:
-            assert (site.policy.exact, site.policy.grid) == (exact, grid)
-            assert f"{'x'.join(map(str, grid))} raster" in _policy_text(site.policy)
-    assert any(site.replaced for site in joint)
-
-
-@pytest.mark.parametrize("how", ["whole", "blocks"])
-@pytest.mark.parametrize("kind", ["FLUX square", "Wan", "HunyuanVideo"])
-def test_equal_to_dense_at_sparsity_zero(kind: str, how: str) -> None:
-    pytest.importorskip("diffusers")
-    case: Case = CASES[REAL[kind][0]]
-    options = {**OPTIONS, "sparsity": 0.0}
-    torch._dynamo.reset()
-    model = case.build()
-    with torch.no_grad():
-        (dense,) = model(**case.inputs())
-        if how == "whole":
-            model.compile(backend="pisa", options=options)
-        else:
-            model.compile_repeated_blocks(backend="pisa", fullgraph=True, options=options)
-        (out,) = model(**case.inputs())
-    assert dense.abs().max() > 1
-    torch.testing.assert_close(out, dense, atol=1e-4, rtol=0)
-
-
-def test_a_block_that_is_compiled_alone_follows_the_picture() -> None:
-    """The same number of tokens on another grid, through the same compiled code."""
-    pytest.importorskip("diffusers")
-    case = CASES["FluxTransformer2DModel"]
-    torch._dynamo.reset()
-    options = {**OPTIONS, "sparsity": 0.8}
-    blocks, alone = case.build(), case.build()
-    blocks.compile_repeated_blocks(backend="pisa", fullgraph=True, options=options)
-    with torch.no_grad():
-        wide = {**case.inputs(), "img_ids": ids(1, 8, 32)}
-        tall = {**case.inputs(), "img_ids": ids(1, 32, 8)}
-        blocks(**wide)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            (out,) = blocks(**tall)
-        for grid, equal in (((32, 8), True), ((8, 32), False)):
-            torch._dynamo.reset()
-            given = torch.compile(alone, backend="pisa", options={**options, "grid": grid})
-            (expected,) = given(**tall)
-            assert torch.allclose(out, expected, atol=1e-4) == equal

@@ -12,7 +12,8 @@ import pytest
 import torch
 from interpreted_cases import assert_specified, case
 
-from pisa_compile.kernels.triton import configs, tune
+from pisa_compile.kernels.triton import configs
+from pisa_compile.kernels.triton.tools import tune
 from pisa_compile.kernels.triton.configs import INTERPRETER, Launch
 
 PROBLEM = tune.Problem(40, 1, 16, "float32", 0.6, torch.device("cpu"))

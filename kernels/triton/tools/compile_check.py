@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..params import AttentionParams
-from .configs import Config
-from .geometry import Device
-from .plan import KernelLaunch, plan
+from ...params import AttentionParams
+from ..configs import Config
+from ..geometry import Device
+from ..plan import KernelLaunch, plan
 
 # Bytes of shared memory that one program may use.
 SHARED_LIMITS = {

@@ -1,7 +1,7 @@
 """Time candidate configurations on this GPU and write those that win as a table.
 
-    python -m pisa_compile.kernels.triton.tune --output table.json
-    python -m pisa_compile.kernels.triton.tune --output table.json --head-dims 128 --tokens 75600
+    python -m pisa_compile.kernels.triton.tools.tune --output table.json
+    python -m pisa_compile.kernels.triton.tools.tune --output table.json --tokens 75600
     PISA_TRITON_TABLE=table.json python ...                        use it
 
 A candidate must pass the ahead-of-time check and give the result of the entry that it replaces.
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 import triton
 
-from ..params import AttentionParams
-from ..testing import Inputs, random_inputs, relative_l2
+from ...params import AttentionParams
+from ...testing import Inputs, random_inputs, relative_l2
+from ..configs import DTYPES, Config, Launch, lookup, padded_width, table_width, write_table
+from ..launcher import INTERPRETED, device_of
+from ..plan import plan
 from . import compile_check
-from .configs import DTYPES, Config, Launch, lookup, padded_width, table_width, write_table
-from .launcher import INTERPRETED, device_of
-from .plan import plan
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pisa_compile")
 
 Timer = Callable[[Callable[[], None]], float]  # milliseconds of one run
 Proof = Callable[[Config, "Aspect", int, str], bool]
@@ -255,7 +255,7 @@ def _report(entry: dict[str, Any]) -> None:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pisa_compile.kernels.triton.tune",
+        prog="python -m pisa_compile.kernels.triton.tools.tune",
         description=(__doc__ or "").split("\n")[0],
     )
     parser.add_argument("--output", type=Path, required=True)
