@@ -15,6 +15,9 @@ import pisa_compile as pisa
 from ..tracing import OPS, SPARSITY_ZERO
 from .shared import T, inputs, outer
 
+# Of torch's own, when it decomposes a program.
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+
 LOWEST = torch.finfo(torch.float32).min
 Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
