@@ -8,6 +8,7 @@ and how each is laid out.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -93,6 +94,16 @@ def _near_miss(back: list[Link], forward: list[Link], reason: str) -> NearMiss:
     return NearMiss(result.node, scores.left, scores.right, value, reason)
 
 
+def _comes_from(node: Any, source: fx.Node) -> bool:
+    """Whether `node` is made from `source` alone, in a few steps."""
+    for _ in range(4):
+        call = call_of(node)
+        if node is source or call is None or not call.args:
+            break
+        node = call.args[0]
+    return node is source
+
+
 class _Match:
     """Two products with a softmax between them, on the way to an `AttentionSite`."""
 
@@ -117,7 +128,9 @@ class _Match:
         """
         division = call_of(self.softmax.division)
         if division is not None and division.args[0] is not self.result.node:
-            raise NoAttentionError  # some other quotient
+            if not _comes_from(division.args[0], self.result.node):
+                raise NoAttentionError  # some other quotient
+            raise MismatchError("its product with the values is changed before it is normalised")
         if self.unread is not None:
             raise MismatchError(self.unread)
         sides, chain = self._chain()
@@ -149,7 +162,10 @@ class _Match:
     def _chain(self) -> tuple[list[Dims], Chain]:
         """The axes of both factors of the scores, and their product."""
         sides, out = self._letters(self.scores, {})
-        chain = Chain(out, scale=number(self.scores.factor) or 0.0)
+        factor = number(self.scores.factor)
+        if not factor:
+            raise MismatchError("its product of query and key is multiplied by 0")
+        chain = Chain(out, scale=factor)
         chain.passed(self.scores.node)
         if (addend := self.scores.addend) is not None:
             dims = aligned(chain, addend, self.axes)

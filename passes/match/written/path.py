@@ -26,7 +26,7 @@ _MOST_PATHS = 6
 _EITHER = {"add", "mul", "sub", "rsub"}  # the path may run through either operand
 _FIRST = {"div", "masked_fill", "setitem", "negative", "getitem"}
 _ALSO_EITHER = {"div", "maximum", "minimum", "pow", "floordiv", "addcmul", "addcdiv", "lerp"}
-_ENDS = {"softmax", "log_softmax", "softmin", "embedding"}  # of what could be one attention
+_ENDS = {"softmax", "log_softmax", "softmin", "safe_softmax"}  # the next attention
 _REDUCTIONS = {"sum", "mean", "max", "min", "prod", "argmax", "norm", "logsumexp", "any", "all"}
 
 
@@ -84,7 +84,7 @@ def forward_to_products(
                 if product is not None and count < _MOST_PATHS:
                     yield [*path, link]
                     count += 1
-                ends = through_anything and product is None and _name(link.node) in _REDUCTIONS
+                ends = product is None and _name(link.node) in _REDUCTIONS | _ENDS
                 if link.operand in operands(link.node, through_anything) and not ends:
                     following.append([*path, link])
         frontier = following[:_LENGTH]
@@ -153,7 +153,7 @@ def _any_operands(node: fx.Node, call: Call) -> tuple[Any, ...]:
     if call.name == "einsum":  # of one operand, or one that is no product
         return tuple(node.all_input_nodes)
     first = call.argument(0, "input", "self")
-    if not isinstance(first, fx.Node) or call.name in _ENDS or "attention" in call.name:
+    if not isinstance(first, fx.Node) or "attention" in call.name or call.name == "embedding":
         return ()
     return () if reads_shape(node, first) else (first,)
 

@@ -15,14 +15,12 @@ from torch import fx
 from ...graph.axes import added_dims
 from ...graph.calls import Call, call_of
 from ...graph.fake import example, is_tensor
+from ...graph.product import product_of
 from ...graph.writes import UnknownValueError, Writes, written_by
 
 _CALLS = {"softmax", "softmin", "safe_softmax"}
-# Between exponentials and their sum, where the quotient is no softmax any more.
-_ALTERS = {
-    *("add", "sub", "mul", "div", "clamp", "clamp_min", "clip", "maximum", "masked_fill", "where"),
-    *("dropout", "expand", "expand_as", "unsqueeze", "getitem", "to", "type", "clone", "sum"),
-}
+# Looked at between exponentials, their sum and the quotient, to tell what is no softmax.
+_MOST = 16
 _ALTERED = (
     "its exponentials are not divided by just their own sum: what was done to them or to the sum "
     "makes it another function than softmax"
@@ -157,11 +155,11 @@ def _altered_and_divided_later(node: fx.Node, scores: fx.Node) -> Softmax | None
     for source in made:
         for user in source.users:
             call = call_of(user)
-            if call is None or len(made) > 16:
+            if call is None or len(made) > _MOST or product_of(user) is not None:
                 continue
             if call.name == "div" and call.args[0] not in made and _has_sum(made):
                 return Softmax(node, scores, 0, (node,), obstacle=_ALTERED)
-            if call.name in _ALTERS and user not in made:
+            if user not in made:
                 made.append(user)
     return None
 
@@ -171,17 +169,16 @@ def _has_sum(nodes: list[fx.Node]) -> bool:
 
 
 def _sources(node: Any) -> list[fx.Node]:
-    """`node` and what it is made from by a few operations on elements and sums."""
+    """`node` and what it is made from by a few operations, up to products and exponentials."""
     found: list[fx.Node] = []
     waiting = [node]
-    while waiting and len(found) < 16:
+    while waiting and len(found) < _MOST:
         node = waiting.pop(0)
         if not isinstance(node, fx.Node) or node in found:
             continue
         found.append(node)
-        call = call_of(node)
-        if call is not None and call.name in _ALTERS and _exponential(node) is None:
-            waiting += call.args
+        if _exponential(node) is None and product_of(node) is None:
+            waiting += node.all_input_nodes
     return found
 
 

@@ -222,6 +222,12 @@ def pooling_by_a_few_queries(q, k, v):
     return (q[0, 0, :4] @ k.mT).softmax(-1) @ v
 
 
+@cases.near_miss("is multiplied by 0")
+def baddbmm_of_nothing(q, k, v):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return torch.baddbmm(v[:, :1, :1], q, k.mT, alpha=0).softmax(-1) @ v
+
+
 @cases.near_miss("its product with the values is scaled or added to something")
 def product_added_to_something(q, k, v):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))

@@ -165,7 +165,7 @@ def mask_added_to_scaled_scores(q, k, v):
 
 @cases.spelling(0.5)
 def scaled_sum_of_scores_and_mask(q, k, v):
-    bias = torch.zeros(B, 1, 1, T).masked_fill(~keys()[:, None, None], -1e4)
+    bias = torch.zeros(B, 1, 1, T).masked_fill(~keys()[:, None, None], -1e9)
     return ((q @ k.mT + bias) * 0.5).softmax(-1) @ v
 
 

@@ -206,6 +206,18 @@ def number_added_to_exponentials(q, k, v):
     return (weights @ v) / weights.sum(-1, keepdim=True)
 
 
+@cases.near_miss("changed before it is normalised")
+def product_cast_before_it_is_normalised(q, k, v):
+    weights = (q @ k.mT).exp()
+    return (weights @ v).double() / weights.sum(-1, keepdim=True)
+
+
+@cases.near_miss("not divided by just their own sum")
+def product_and_sum_rearranged(q, k, v):
+    weights = (q @ k.mT).exp()
+    return (weights @ v).transpose(1, 2) / weights.sum(-1, keepdim=True).transpose(1, 2)
+
+
 @cases.near_miss("not divided by just their own sum")
 def sum_clamped_after_the_product(q, k, v):
     weights = (q @ k.mT).exp()
