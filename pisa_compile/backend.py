@@ -100,7 +100,9 @@ def _compiled(
     note: str | None = None,
 ) -> Variant:
     compiled = compile_inner(sparse.graph, [*example_inputs, *sparse.inputs], settings)
-    return Variant(compiled, sparse.decisions, sparse.numbers, reads_caller(sparse.graph), note)
+    follows = reads_caller(sparse.graph)
+    patterns = tuple(settings.named)
+    return Variant(compiled, sparse.decisions, sparse.numbers, follows, note, patterns)
 
 
 @functools.cache

@@ -40,6 +40,7 @@ class Variant:
         numbers: an example of the vector of numbers that it takes, if it does.
         follows_caller: whether an order of tokens in it is that of the model that is being called.
         note: what a report should say of it besides.
+        patterns: names of modules that policies of the compile call are for.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Variant:
         numbers: Tensor | None,
         follows_caller: bool,
         note: str | None = None,
+        patterns: Sequence[str] = (),
     ) -> None:
-        self._compiled = Recorded(compiled, decisions, note)
+        self._compiled = Recorded(compiled, decisions, note, patterns)
         self._numbers = () if numbers is None else (_numbers(len(numbers), numbers.device),)
         self._follows_caller = follows_caller
 
