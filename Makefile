@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint types bench docs clean
+.PHONY: demo check test test-slow lint types bench docs clean
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
@@ -17,8 +17,16 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cp
 demo: $(VENV)/installed ## generate pictures with dense and with sparse attention
 	$(BIN)/python -m examples.photo_dit.demo $(DEMO_ARGS)
 
+# Two processes, each with its own half of the processor: threads of both would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+FAST := tests/test_imports.py tests/caller tests/cost tests/ops tests/policies tests/report tests/steps \
+	tests/passes/judge tests/passes/masks tests/passes/replace tests/passes/sites
+
+check: lint types ## the fast half of the tests, in under two minutes
+	$(PYTEST) -m "not slow" $(FAST)
+
 test: lint types ## everything that CI checks, without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/installed ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from .caller import tokens_of_caller, traced_module
-from .compiled import Stepwise, Variant
+from .compiled import Stepwise, Variant, keeping_tangents
 from .options import CompileOptions, parse
 from .passes import (
     Context,
@@ -65,11 +65,12 @@ def pisa(
         return _compiled(untouched(gm), example_inputs, settings, _tell(str(error)))
     if settings.strict:
         refuse_dense(sparse.decisions, pisa)
-    compiled = _compiled(sparse, example_inputs, settings)
-    if sparse.density is None:
-        return compiled
-    at_dense_steps = None if dense is None else _compiled(dense, example_inputs, settings)
-    return Stepwise(compiled, at_dense_steps, sparse.density)
+    compiled: Callable[..., Any] = _compiled(sparse, example_inputs, settings)
+    if sparse.density is not None:
+        at_dense_steps = None if dense is None else _compiled(dense, example_inputs, settings)
+        compiled = Stepwise(compiled, at_dense_steps, sparse.density)
+    replaced = any(decision.replaced for decision in sparse.decisions)
+    return keeping_tangents(compiled, gm.forward) if replaced else compiled
 
 
 def _context(settings: CompileOptions, module: nn.Module | None) -> Context:
@@ -99,7 +100,9 @@ def _compiled(
     note: str | None = None,
 ) -> Variant:
     compiled = compile_inner(sparse.graph, [*example_inputs, *sparse.inputs], settings)
-    return Variant(compiled, sparse.decisions, sparse.numbers, reads_caller(sparse.graph), note)
+    follows = reads_caller(sparse.graph)
+    patterns = tuple(settings.named)
+    return Variant(compiled, sparse.decisions, sparse.numbers, follows, note, patterns)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .caller import tokens_of_caller
 from .ops.token_order import called_with
@@ -39,6 +40,7 @@ class Variant:
         numbers: an example of the vector of numbers that it takes, if it does.
         follows_caller: whether an order of tokens in it is that of the model that is being called.
         note: what a report should say of it besides.
+        patterns: names of modules that policies of the compile call are for.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Variant:
         numbers: Tensor | None,
         follows_caller: bool,
         note: str | None = None,
+        patterns: Sequence[str] = (),
     ) -> None:
-        self._compiled = Recorded(compiled, decisions, note)
+        self._compiled = Recorded(compiled, decisions, note, patterns)
         self._numbers = () if numbers is None else (_numbers(len(numbers), numbers.device),)
         self._follows_caller = follows_caller
 
@@ -69,7 +72,9 @@ class Stepwise:
             which all of them are dense.
     """
 
-    def __init__(self, sparse: Variant, dense: Variant | None, density: DensityInput) -> None:
+    def __init__(
+        self, sparse: Callable[..., Any], dense: Callable[..., Any] | None, density: DensityInput
+    ) -> None:
         self._sparse = sparse
         self._dense = dense
         self._density = density
@@ -92,6 +97,33 @@ class Stepwise:
         rows = self._density.rows
         known = all(row.schedule.knows(step) for row in rows)
         return known, tuple(row.schedule.densities(step, row.sparsity) for row in rows)
+
+
+def keeping_tangents(run: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, but the graph as it was `traced` where arguments carry forward-mode tangents.
+
+    The op has no derivative, and torch would drop them without a word.
+    """
+
+    def keep(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            _tell_of_tangents()
+            return traced(*args)
+        return run(*args)
+
+    return keep
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _tell_of_tangents() -> None:
+    log.warning(
+        "attention stays dense, and the graph around it is not compiled, where arguments carry "
+        "tangents of forward-mode differentiation"
+    )
 
 
 @functools.cache

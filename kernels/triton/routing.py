@@ -41,6 +41,18 @@ def _tile(scratch, log_weight, rows, row_valid, start, blocks, free_first, free_
 
 
 @triton.jit
+def _reloaded(row, score, candidate, start, N: tl.constexpr, T: tl.constexpr):
+    """The `_tile` at `start`, from its other arguments; one that holds all N is there already."""
+    if N > T:
+        scratch, log_weight, rows, row_valid, blocks, free_first, free_last, scratch_stride = row
+        score, candidate = _tile(
+            scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
+            scratch_stride, T,
+        )  # fmt: skip
+    return score, candidate
+
+
+@triton.jit
 def _present(log_weight, columns, blocks):
     """Which key blocks exist and have a valid key. [T]"""
     return tl.load(log_weight + columns, mask=columns < blocks, other=float("-inf")) > float("-inf")
@@ -48,8 +60,7 @@ def _present(log_weight, columns, blocks):
 
 @triton.jit
 def _top_limit(
-    scratch, log_weight, rows, row_valid, blocks, free_first, free_last, scratch_stride,
-    score, candidate, count,
+    row, score, candidate, count,
     S: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The `count`-th best score of each row, ordered, and how many of its equals are wanted. [S]
@@ -59,11 +70,7 @@ def _top_limit(
     """
     seen = tl.zeros([S, T], tl.int32)
     for start in tl.range(0, N, T):
-        if N > T:
-            score, candidate = _tile(
-                scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
-                scratch_stride, T,
-            )  # fmt: skip
+        score, candidate = _reloaded(row, score, candidate, start, N, T)
         seen += candidate.to(tl.int32)
     count = tl.minimum(count, tl.sum(seen, axis=1))
     least = tl.zeros([S], tl.uint32)  # built from the top bit down
@@ -72,28 +79,19 @@ def _top_limit(
         higher = least | bit
         seen = tl.zeros([S, T], tl.int32)
         for start in tl.range(0, N, T):
-            if N > T:
-                score, candidate = _tile(
-                    scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
-                    scratch_stride, T,
-                )  # fmt: skip
+            score, candidate = _reloaded(row, score, candidate, start, N, T)
             seen += (candidate & (_ordered(score) >= higher[:, None])).to(tl.int32)
         least = tl.where(tl.sum(seen, axis=1) >= count, higher, least)
     seen = tl.zeros([S, T], tl.int32)
     for start in tl.range(0, N, T):
-        if N > T:
-            score, candidate = _tile(
-                scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
-                scratch_stride, T,
-            )  # fmt: skip
+        score, candidate = _reloaded(row, score, candidate, start, N, T)
         seen += (candidate & (_ordered(score) > least[:, None])).to(tl.int32)
     return least, count - tl.sum(seen, axis=1)
 
 
 @triton.jit
 def _threshold_limit(
-    scratch, log_weight, rows, row_valid, blocks, free_first, free_last, scratch_stride,
-    score, candidate, beta,
+    row, score, candidate, beta,
     S: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """`mean + beta * sigma` of each row and its largest score, both ordered. [S]"""
@@ -101,11 +99,7 @@ def _threshold_limit(
     seen = tl.zeros([S, T], tl.float32)
     best = tl.full([S, T], float("-inf"), tl.float32)
     for start in tl.range(0, N, T):
-        if N > T:
-            score, candidate = _tile(
-                scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
-                scratch_stride, T,
-            )  # fmt: skip
+        score, candidate = _reloaded(row, score, candidate, start, N, T)
         total += tl.where(candidate, score, 0.0)
         seen += candidate.to(tl.float32)
         best = tl.maximum(best, score)
@@ -113,11 +107,7 @@ def _threshold_limit(
     mean = tl.sum(total, axis=1) / count
     total = tl.zeros([S, T], tl.float32)
     for start in tl.range(0, N, T):
-        if N > T:
-            score, candidate = _tile(
-                scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
-                scratch_stride, T,
-            )  # fmt: skip
+        score, candidate = _reloaded(row, score, candidate, start, N, T)
         deviation = tl.where(candidate, score - mean[:, None], 0.0)
         total += deviation * deviation
     sigma = tl.sqrt(tl.sum(total, axis=1) / count)
@@ -127,19 +117,14 @@ def _threshold_limit(
 
 @triton.jit
 def _ties(
-    scratch, log_weight, rows, row_valid, blocks, free_first, free_last, scratch_stride,
-    score, candidate, tie, origin,
+    row, score, candidate, tie, origin,
     S: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """How many candidates equal `tie`, before column `origin` and in all. [S]"""
     seen = tl.zeros([S, T], tl.int32)
     early = tl.zeros([S, T], tl.int32)
     for start in tl.range(0, N, T):
-        if N > T:
-            score, candidate = _tile(
-                scratch, log_weight, rows, row_valid, start, blocks, free_first, free_last,
-                scratch_stride, T,
-            )  # fmt: skip
+        score, candidate = _reloaded(row, score, candidate, start, N, T)
         tied = candidate & (_ordered(score) == tie[:, None])
         columns = start + tl.arange(0, T)
         seen += tied.to(tl.int32)
@@ -237,35 +222,26 @@ def route_kernel(
                 scratch, own_weight, rows, row_valid, 0, blocks, free_first, free_last,
                 scratch_stride, T,
             )  # fmt: skip
+            row = (
+                scratch, own_weight, rows, row_valid, blocks, free_first, free_last, scratch_stride
+            )  # fmt: skip
             # Chosen is what lies above `limit`, and the first `missing` of what equals `tie`.
             if THRESHOLD:
-                limit, tie = _threshold_limit(
-                    scratch, own_weight, rows, row_valid, blocks, free_first, free_last,
-                    scratch_stride, score, candidate, beta, SELECT, N, T,
-                )  # fmt: skip
+                limit, tie = _threshold_limit(row, score, candidate, beta, SELECT, N, T)
                 missing = tl.full([SELECT], 1, tl.int32)
             else:
                 limit, missing = _top_limit(
-                    scratch, own_weight, rows, row_valid, blocks, free_first, free_last,
-                    scratch_stride, score, candidate,
-                    tl.zeros([SELECT], tl.int32) + wanted, SELECT, N, T,
-                )  # fmt: skip
+                    row, score, candidate, tl.zeros([SELECT], tl.int32) + wanted, SELECT, N, T
+                )
                 tie = limit
-            early, ties = _ties(
-                scratch, own_weight, rows, row_valid, blocks, free_first, free_last,
-                scratch_stride, score, candidate, tie, origin, SELECT, N, T,
-            )  # fmt: skip
+            early, ties = _ties(row, score, candidate, tie, origin, SELECT, N, T)
             dense = (first_block + rows < dense_first) | (first_block + rows >= dense_last)
             if density is not None:
                 dense = dense | (tl.zeros([SELECT], tl.float32) + own_density >= 1.0)
             tied_so_far = tl.zeros([SELECT], tl.int32)
             taken_so_far = tl.zeros([SELECT // PACK], tl.int32)
             for start in tl.range(0, N, T):
-                if N > T:
-                    score, candidate = _tile(
-                        scratch, own_weight, rows, row_valid, start, blocks, free_first, free_last,
-                        scratch_stride, T,
-                    )  # fmt: skip
+                score, candidate = _reloaded(row, score, candidate, start, N, T)
                 columns = start + tl.arange(0, T)
                 order = _ordered(score)
                 tied = candidate & (order == tie[:, None])

@@ -133,8 +133,8 @@ class MaskAnalysis:
         levels = levels_of(frozenset(x * mask.sign * mask.scale for x in values), dtype)
         if isinstance(levels, str):
             raise _RefusedError(levels)
-        if levels.finite == (0.0,) and not levels.removes:
-            return
+        if len(levels.finite) == 1 and not levels.removes and levels.averaged is None:
+            return  # all keys share it
         if not self._spares_rows(mask):
             self._add_to_rows(mask, levels, found)
         elif levels.is_plain:

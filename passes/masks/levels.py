@@ -30,12 +30,12 @@ import torch
 
 from .domain import Values, spacing
 
-NEGLIGIBLE = -9900.0
+NEGLIGIBLE = -4900.0
 """A key this far below another one of its row has no weight.
 
-This is right while the scores of a row differ by less than 9,800, since e**-100 is nothing in
-float32. Models use -10000 (-9984 in bfloat16), -1e9 and the lowest number of a data type. What lies
-above, such as -100 or -1000, is a bias that large scores outweigh."""
+This is right while the scores of a row differ by less than 4,800, since e**-100 is nothing in
+float32. Models use -10000, at times halved together with the scores, -1e9 and the lowest number of
+a data type. What lies above, such as -100 or -1000, is a bias that large scores outweigh."""
 
 # A distance of scores that a softmax hardly sees, and one that swallows them.
 _FINE, _COARSE = 2.0**-7, 32.0

@@ -134,7 +134,7 @@ class ValueFacts:
             return None
         if call.name in CASTS:  # `detach_` among them
             return first
-        return first if not call.in_place and (call.name in _ELEMENTS or _picks(node)) else None
+        return first if call.name in _ELEMENTS and not call.in_place else None
 
     def _chosen(self, call: Call, node: fx.Node) -> Domain | None:
         """Elements of one of two sources; of one alone where the choice is known."""
@@ -156,11 +156,6 @@ class ValueFacts:
         if known == frozenset((0.0,)):
             return self._of(if_false, node)
         return _union(self._of(if_true, node), self._of(if_false, node))
-
-
-def _picks(node: fx.Node) -> bool:
-    """Whether `node` picks elements by indices, as Dynamo spells it under `vmap`."""
-    return "mod_index" in str(node.target)
 
 
 def _of_number(node: fx.Node) -> Domain | None:

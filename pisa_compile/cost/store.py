@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -33,9 +34,12 @@ def profile_of(
     """The device's profile: from this process, the cache directory, or measured now.
 
     None where nothing can be measured: switched off, a device that is not there (as for fake
-    tensors of another machine), or one that only the specification runs on.
+    tensors of another machine), or one that only the specification runs on. None, too, on one of
+    several ranks: each would measure a little different, decide otherwise at some length, and wait
+    for ever in the others' collectives. Fixed lengths are the same everywhere, and need no word
+    between ranks that may not all compile.
     """
-    if os.environ.get("PISA_COST_MODEL") == "0":
+    if os.environ.get("PISA_COST_MODEL") == "0" or _has_company():
         return None
     return _profile(device.type, device.index or 0, dtype, head_dim, value_dim)
 
@@ -96,6 +100,14 @@ def device_name(device: torch.device) -> str:
     return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def _has_company() -> bool:
+    """Whether this process is one of several ranks."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return distributed.get_world_size() > 1
+
+
 def _present(device_type: str) -> bool:
     if device_type == "cpu":
         return True
@@ -114,6 +126,8 @@ def _read(path: Path, key: dict[str, Any]) -> Profile | None:
         found = Profile(tuple(map(float, content["dense"])), tuple(map(float, content["sparse"])))
         if (len(found.dense), len(found.sparse)) != (DENSE_TERMS, SPARSE_TERMS):
             raise ValueError("it has another number of rates")
+        if not all(math.isfinite(rate) and rate >= 0 for rate in (*found.dense, *found.sparse)):
+            raise ValueError("its rates are not finite numbers from 0 on")
         return found
     except FileNotFoundError:
         return None
@@ -129,6 +143,10 @@ def _write(path: Path, key: dict[str, Any], profile: Profile) -> None:
         # Two processes may write at once; a rename is never seen half done.
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             file.write(json.dumps(content, indent=1) + "\n")
-        os.replace(file.name, path)
+        try:
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
     except OSError as error:
         log.warning("the cost profile could not be kept in %s: %s", path, error)

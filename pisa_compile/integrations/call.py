@@ -23,7 +23,7 @@ log = logging.getLogger("pisa_compile")
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One call of attention: what it computes besides softmax(scale * query @ key^T) @ value.
 
     Attributes:
@@ -60,7 +60,7 @@ def checked(policy: Policy | None) -> Policy:
     return policy
 
 
-def sparse(call: Call, policy: Policy) -> Tensor | None:
+def sparse(call: AttentionCall, policy: Policy) -> Tensor | None:
     """The result [B, H, Tq, E], or None where the caller must compute it densely.
 
     Raises:
@@ -85,7 +85,7 @@ def sparse(call: Call, policy: Policy) -> Tensor | None:
     return out
 
 
-def refusal(call: Call, policy: Policy) -> str | None:
+def refusal(call: AttentionCall, policy: Policy) -> str | None:
     """Why the call stays dense under a resolved policy, or None.
 
     Raises:

@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 
 from ..policies.policy import Policy
-from .call import Call, checked, sparse
+from .call import AttentionCall, checked, sparse
 from .diffusers_parallel import over_ranks
 
 
@@ -79,12 +79,12 @@ def _function(policy: Policy) -> Callable[..., Tensor]:
         _parallel_config: Any = None,
     ) -> Tensor:
         if _parallel_config is not None:
-            here = Call(query, key, value, attn_mask, scale, is_causal, dropout_p)
+            here = AttentionCall(query, key, value, attn_mask, scale, is_causal, dropout_p)
             return over_ranks(here, policy, _parallel_config)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, T, D]
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[:, None, None, :]
-        call = Call(query, key, value, attn_mask, scale, is_causal, dropout_p)
+        call = AttentionCall(query, key, value, attn_mask, scale, is_causal, dropout_p)
         out = sparse(call, policy)
         if out is None:
             out = F.scaled_dot_product_attention(

@@ -17,10 +17,10 @@ from torch import Tensor
 from .. import ops as ops  # registers torch.ops.pisa
 from ..ops.dispatch import UnsupportedError
 from ..policies.policy import DEFAULT, Policy
-from .call import Call, refusal
+from .call import AttentionCall, refusal
 
 
-def over_ranks(call: Call, policy: Policy, parallel_config: Any) -> Tensor:
+def over_ranks(call: AttentionCall, policy: Policy, parallel_config: Any) -> Tensor:
     """Attention of a rank's queries over the keys of all ranks.
 
     Sparsity applies to the sequence that a rank sees at once: the whole with Ulysses, and with a
@@ -85,7 +85,7 @@ def _part(
         attn_mask = attn_mask[:, None, None, :]
     settings = policy.settings()
     # Where it would not pay the op computes densely: the log-sum-exp is needed all the same.
-    if refusal(Call(query, key, value, attn_mask, scale), policy) is not None:
+    if refusal(AttentionCall(query, key, value, attn_mask, scale), policy) is not None:
         settings = dataclasses.replace(settings, sparsity=0.0)
     out, lse = torch.ops.pisa.attention_with_lse(
         query, key, value, attn_mask, scale=scale, impl=policy.impl, **settings.as_arguments()

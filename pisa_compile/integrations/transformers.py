@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 )
 
 from ..policies.policy import Policy
-from .call import Call, checked, sparse
+from .call import AttentionCall, checked, sparse
 
 
 def register(policy: Policy | None = None, name: str = "pisa") -> None:
@@ -58,7 +58,7 @@ def _forward(policy: Policy) -> Callable[..., tuple[Tensor, None]]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # A mask that is given says all there is to say, as for "sdpa".
         causal = bool(causal) and attention_mask is None
-        call = Call(query, key, value, attention_mask, scaling, causal, dropout)
+        call = AttentionCall(query, key, value, attention_mask, scaling, causal, dropout)
         changed = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
         out = None if changed else sparse(call, policy)
         if out is not None:

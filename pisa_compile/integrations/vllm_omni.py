@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..policies.policy import POLICY_FIELDS, Policy
-from .call import Call, checked, sparse
+from .call import AttentionCall, checked, sparse
 
 log = logging.getLogger("pisa_compile")
 
@@ -65,7 +65,7 @@ def attention(
     mask = params.get("attn_mask")
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, :]
-    call = Call(query, key, value, mask, softmax_scale, is_causal)
+    call = AttentionCall(query, key, value, mask, softmax_scale, is_causal)
     out = sparse(call, policy)
     if out is None:
         out = F.scaled_dot_product_attention(

@@ -18,7 +18,7 @@ from ..kernels.params import AttentionParams
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One call of the op.
 
     Attributes:
@@ -49,7 +49,7 @@ class Running:
     numbers: list[int] = field(default_factory=list)
 
 
-Observer = Callable[[Call], None]
+Observer = Callable[[OpCall], None]
 DensityOf = Callable[[Any, AttentionParams], Tensor | None]
 """From a site and its settings to the density that a call of it gets, None to leave it alone."""
 _densities: ContextVar[DensityOf | None] = ContextVar("pisa_compile_densities", default=None)
@@ -59,7 +59,7 @@ _running: ContextVar[Running | None] = ContextVar("pisa_compile_running", defaul
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Call `observer` after every call of the op inside, in this thread."""
+    """OpCall `observer` after every call of the op inside, in this thread."""
     token = _observers.set((*_observers.get(), observer))
     try:
         yield
@@ -121,6 +121,6 @@ def density_for(site: Any, params: AttentionParams, density: Tensor | None) -> T
 
 def notify(**call: Any) -> None:
     """Tell the observers of one call of the op."""
-    seen = Call(**call)
+    seen = OpCall(**call)
     for observer in _observers.get():
         observer(seen)

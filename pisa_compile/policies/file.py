@@ -45,6 +45,10 @@ def load_policy(path: str | os.PathLike[str]) -> dict[str, Policy]:
         content = json.loads(path.read_text())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a policy file: it is not text ({error})") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is not a policy file: it is a folder") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not a policy file: it is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a policy file: it is not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:

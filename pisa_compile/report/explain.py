@@ -169,8 +169,12 @@ def explain(model: nn.Module, /, *args: Any, **kwargs: Any) -> Report:
         sites=sites_of(active.decisions, ModuleNames(model)),
         graphs=active.graphs,
         not_traced=not_traced,
-        notes=tuple(active.notes),
+        notes=(*active.notes, *map(_idle, active.idle_patterns)),
     )
+
+
+def _idle(pattern: str) -> str:
+    return f"the policy for {pattern!r} stands around no attention that was traced"
 
 
 def _watch(model: nn.Module, active: Recording) -> AbstractContextManager[EagerAttention | None]:

@@ -6,6 +6,7 @@ blocks share once. So the callable that the backend returns tells, when it is ca
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,21 @@ from ..passes import Decision
 class Recording:
     """The graphs that ran while it was active, and the decisions taken in them, in order.
 
-    `inside` is true while one of them runs; `notes` are what else a user should know, in words.
+    `inside` is true while one of them runs; `notes` are what else a user should know, in words;
+    `patterns` are the names of modules that policies of the compile calls are for.
     """
 
     graphs: int = 0
     inside: bool = False
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    patterns: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def idle_patterns(self) -> list[str]:
+        """Those that stand around no attention in the graphs that ran."""
+        paths = {path for decision in self.decisions for _, path in decision.modules}
+        return [name for name in self.patterns if not fnmatch.filter(paths, name)]
 
     def add(self, runs: GraphRuns) -> None:
         self.graphs += runs.runs
@@ -111,10 +120,12 @@ class Recorded:
         compiled: Callable[..., Any],
         decisions: Sequence[Decision],
         note: str | None = None,
+        patterns: Sequence[str] = (),
     ) -> None:
         self._compiled = compiled
         self._decisions = decisions
         self._note = note
+        self._patterns = patterns
         self._tallied = [GraphRuns(decisions) for _ in _tallies]
         for counted, runs in zip(_tallies, self._tallied, strict=True):
             counted.graphs.append(runs)
@@ -126,6 +137,7 @@ class Recorded:
         with observation.inside_graph(self._decisions) as running:
             if active is not None:
                 active.inside = True
+                active.patterns |= dict.fromkeys(self._patterns)
                 if self._note is not None:
                     note(self._note)
             try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.testing import relative_l2
-from ..ops.observation import Call, observed
+from ..ops.observation import OpCall, observed
 from ..policies.policy import Policy
 from ..report.compilation import check_not_compiled
 from ..report.explain import Site, sites_of
@@ -274,7 +274,7 @@ def _result(
 ) -> PolicyResult:
     found: dict[str, _Sums] = {}
 
-    def observe(call: Call) -> None:
+    def observe(call: OpCall) -> None:
         if call.site is not None:
             found.setdefault(names.of(call.site), _Sums(call.site.policy)).add(call)
 
@@ -301,7 +301,7 @@ class _Sums:
     signal: Tensor | None = None
     calls: int = field(default=0)
 
-    def add(self, call: Call) -> None:
+    def add(self, call: OpCall) -> None:
         mask = None if call.key_mask is None else call.key_mask[:, None, None]
         query, key, value = (x.to(torch.float32) for x in (call.query, call.key, call.value))
         dense = scaled_dot_product_attention(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.params import block_count
-from ..ops.observation import Call, observed
+from ..ops.observation import OpCall, observed
 from ..report.tables import TOP_LEVEL, table_text
 
 _SAMPLED_ROWS = 128
@@ -80,7 +80,7 @@ def delivered() -> Iterator[Deliveries]:
     deliveries = Deliveries()
     counts: dict[str, int] = {}
 
-    def observe(call: Call) -> None:
+    def observe(call: OpCall) -> None:
         module = "" if call.site is None else call.site.module
         deliveries.calls.append(_delivery(call, module, counts.get(module, 0)))
         counts[module] = counts.get(module, 0) + 1
@@ -90,7 +90,7 @@ def delivered() -> Iterator[Deliveries]:
 
 
 @torch.no_grad()
-def _delivery(call: Call, module: str, index: int) -> Delivery:
+def _delivery(call: OpCall, module: str, index: int) -> Delivery:
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     requested = torch.full((heads,), call.params.density)
     if call.density is not None:
@@ -110,7 +110,7 @@ def _delivery(call: Call, module: str, index: int) -> Delivery:
 
 
 def _group(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, density: Tensor | None
+    call: OpCall, query: Tensor, key: Tensor, value: Tensor, density: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Density and mass [h] of the query heads [B, h, T, D] that share one key head [B, 1, T, D]."""
     q, k, v = (x.to(torch.float32).expand(-1, query.shape[1], -1, -1) for x in (query, key, value))

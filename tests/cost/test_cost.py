@@ -97,6 +97,27 @@ def test_a_profile_is_measured_once_and_kept(cache: Path) -> None:
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+def test_rates_that_cannot_be_are_measured_again(cache: Path, rate: float) -> None:
+    with mock.patch.object(store, "measure", return_value=RATES):
+        profile()
+        (path,) = cache.iterdir()
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "sparse": [rate, 0.0, 0.0, 0.0]}))
+        store._profile.cache_clear()
+        assert profile() == RATES
+    assert "NaN" not in path.read_text()
+
+
+def test_a_failed_rename_leaves_no_file(cache: Path) -> None:
+    with (
+        mock.patch.object(store, "measure", return_value=RATES),
+        mock.patch.object(store.os, "replace", side_effect=OSError("full")),
+    ):
+        assert profile() == RATES
+    assert not list(cache.iterdir())
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}}', '{"dense": 3}'])
 def test_a_foreign_or_broken_file_is_measured_again(
     cache: Path, content: str, caplog: pytest.LogCaptureFixture

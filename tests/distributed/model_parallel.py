@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo.backends.debugging
 import torch._functorch.aot_autograd
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +21,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 import pisa_compile as pisa
+from pisa_compile import cost
 from pisa_compile.distributed import policies_of_rank
+from pisa_compile.passes.judge.rules import Candidate, Operand, least_tokens
+from pisa_compile.policies.policy import DEFAULT
 
 from .shared import (
     HEADS,
@@ -93,6 +99,20 @@ def expectations(rank: int, x: Tensor) -> dict[float, Tensor]:
 
     results: dict[float, Tensor] = from_rank_zero(rank, make)
     return results
+
+
+@scenario
+def lengths_are_the_same_on_every_rank(rank: int, ranks: int) -> None:
+    """However fast each of them is just now."""
+    with mock.patch.dict(os.environ):
+        del os.environ["PISA_COST_MODEL"]
+        assert cost.profile_of(torch.device("cpu"), torch.float32, 64, 64) is None
+        operand = Operand((1, 2, 512, 64), torch.float32, torch.device("cpu"))
+        candidate = Candidate(operand, operand, operand, torch.float32)
+        least, _ = least_tokens(candidate, pisa.Policy(sparsity=0.9).over(DEFAULT))
+    found = [torch.empty(1, dtype=torch.long) for _ in range(ranks)]
+    dist.all_gather(found, torch.tensor([least]))
+    assert {int(length) for length in found} == {least}
 
 
 @scenario

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pisa_compile as pisa
 from pisa_compile import cost
-from pisa_compile.integrations.call import Call, checked, refusal, sparse
+from pisa_compile.integrations.call import AttentionCall, checked, refusal, sparse
 from pisa_compile.policies.policy import DEFAULT
 
 POLICY = pisa.Policy(sparsity=0.8, block_size=16)
@@ -25,14 +25,14 @@ def pays_from_512(monkeypatch: pytest.MonkeyPatch) -> int:
     return 512
 
 
-def call(tokens: int, heads: int = 2, key_heads: int = 2) -> Call:
+def call(tokens: int, heads: int = 2, key_heads: int = 2) -> AttentionCall:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, heads, tokens, 16, generator=generator)
     key, value = (torch.randn(1, key_heads, tokens, 16, generator=generator) for _ in "kv")
-    return Call(query, key, value)
+    return AttentionCall(query, key, value)
 
 
-def reason(given: Call, **policy: Any) -> str | None:
+def reason(given: AttentionCall, **policy: Any) -> str | None:
     return refusal(given, checked(pisa.Policy(**policy)).over(POLICY).over(DEFAULT))
 
 
@@ -48,7 +48,7 @@ def test_the_length_is_what_the_device_was_measured_to_need(pays_from_512: int) 
 @pytest.mark.parametrize("dynamic", [False, None])
 def test_so_it_is_where_the_call_is_traced(pays_from_512: int, dynamic: bool | None) -> None:
     def attention(query: Tensor) -> Tensor:
-        out = sparse(Call(query, query, query), POLICY)
+        out = sparse(AttentionCall(query, query, query), POLICY)
         return F.scaled_dot_product_attention(query, query, query) if out is None else out
 
     run = torch.compile(attention, backend="eager", fullgraph=True, dynamic=dynamic)
@@ -64,11 +64,11 @@ def test_so_it_is_where_the_call_is_traced(pays_from_512: int, dynamic: bool | N
     ("given", "words"),
     [
         (call(600, heads=3, key_heads=2), "broadcasts against its query"),
-        (Call(*(torch.zeros(1, 2, 600, 16, dtype=torch.int32),) * 3), "floating point"),
-        (Call(*(torch.zeros(1, 2, 600, 300),) * 3), None),
+        (AttentionCall(*(torch.zeros(1, 2, 600, 16, dtype=torch.int32),) * 3), "floating point"),
+        (AttentionCall(*(torch.zeros(1, 2, 600, 300),) * 3), None),
     ],
     ids=["heads", "dtype", "wide heads"],
 )
-def test_rules_of_graphs_hold(given: Call, words: str | None) -> None:
+def test_rules_of_graphs_hold(given: AttentionCall, words: str | None) -> None:
     found = reason(given, min_tokens=1)
     assert found is None if words is None else words in (found or "")

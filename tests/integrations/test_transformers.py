@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pisa_compile as pisa
-from pisa_compile.ops.observation import Call, observed
+from pisa_compile.ops.observation import OpCall, observed
 
 transformers = pytest.importorskip("transformers")
 
@@ -64,7 +64,7 @@ def counted() -> Iterator[list[int]]:
     """How many calls went to the op inside."""
     count = [0]
 
-    def observe(call: Call) -> None:
+    def observe(call: OpCall) -> None:
         count[0] += 1
 
     with observed(observe):

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import pisa_compile as pisa
+from pisa_compile.report.recording import recording
 
 from ..models import tiny, tokens
 
@@ -203,3 +204,25 @@ def test_setting_that_would_help_is_named() -> None:
     reason = report.not_traced[0].reason
     assert "set torch._dynamo.config.capture_dynamic_output_shape_ops = True" in reason
     assert "fullgraph=True" in reason
+
+
+def test_a_policy_by_name_that_stands_around_no_attention_is_told() -> None:
+    named = {"blocks.0.*": pisa.Policy(sparsity=0.5), "blocks.1.mlp": pisa.Policy(sparsity=0.9)}
+    options = {"inner": "eager", "min_tokens": 0, "policy": named}
+    report = pisa.explain(torch.compile(tiny(), backend="pisa", options=options), tokens(100))
+    assert report.notes == (
+        "the policy for 'blocks.1.mlp' stands around no attention that was traced",
+    )
+    named = {"nomatch*": pisa.Policy(sparsity=0.9)}
+    model = tiny()
+    compiled = torch.compile(
+        lambda x: model(x), backend="pisa", options={**options, "policy": named}
+    )
+
+    class Outer(torch.nn.Module):
+        def forward(self, x):
+            return compiled(x)
+
+    with torch.no_grad(), recording() as active:
+        Outer()(tokens(100))
+    assert active.idle_patterns == ["nomatch*"]

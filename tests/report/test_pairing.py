@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pisa_compile as pisa
 from pisa_compile.kernels.testing import relative_l2
-from pisa_compile.ops.observation import Call, observed
+from pisa_compile.ops.observation import OpCall, observed
 
 from ..models import Attention, Block, tokens
 
@@ -89,8 +89,8 @@ class Nested(nn.Module):
         return x
 
 
-def heads_seen(model: nn.Module, x: Tensor, inner: str) -> tuple[Any, list[Call]]:
-    calls: list[Call] = []
+def heads_seen(model: nn.Module, x: Tensor, inner: str) -> tuple[Any, list[OpCall]]:
+    calls: list[OpCall] = []
     compiled = torch.compile(model, backend="pisa", options={**OPTIONS, "inner": inner})
     with torch.no_grad(), observed(calls.append):
         return compiled(x), calls

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...cost import Workload
 from ...ops import dispatch
-from ...ops.observation import Call, observed
+from ...ops.observation import OpCall, observed
 from ...policies.policy import Policy
 from ...report.names import ModuleNames
 from ...steps.clock import current_step
@@ -63,7 +63,7 @@ def measuring(table: ErrorTable, model: nn.Module, base: Policy) -> Iterator[Non
     names = ModuleNames(model)
 
     @torch.no_grad()
-    def observe(call: Call) -> None:
+    def observe(call: OpCall) -> None:
         if call.site is None or call.params.sparsity != 0 or call.density is not None:
             return  # a site with a policy of its own
         step = current_step()
@@ -76,7 +76,7 @@ def measuring(table: ErrorTable, model: nn.Module, base: Policy) -> Iterator[Non
         yield
 
 
-def _add(table: ErrorTable, name: str, step: int, call: Call, base: Policy) -> None:
+def _add(table: ErrorTable, name: str, step: int, call: OpCall, base: Policy) -> None:
     batch, heads, tokens, head_dim = call.query.shape
     site = table.sites.get(name)
     if site is None:

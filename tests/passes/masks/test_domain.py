@@ -57,6 +57,7 @@ def holds(domain: Domain, value: float) -> bool:
     return value in domain
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False), st.sampled_from(FLOATS))
 def test_rounding_is_that_of_torch(value: float, dtype: torch.dtype) -> None:
     assert rounded(value, dtype) == torch.tensor(value, dtype=torch.float64).to(dtype).item()
@@ -71,7 +72,7 @@ def test_spacing(dtype: torch.dtype) -> None:
         assert spacing(value, dtype) in ((here.double() - below).abs() * x for x in (1, 2))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(BINARY)), st.data())
 def test_binary_operations_agree_with_torch(name: str, data: st.DataObject) -> None:
     dtype = data.draw(dtypes)
@@ -99,7 +100,7 @@ def test_binary_operations_agree_with_torch(name: str, data: st.DataObject) -> N
         assert holds(found, float(result)), (dtype, sides, pair)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(UNARY)), dtypes, st.sets(numbers, min_size=1, max_size=3))
 def test_unary_operations_agree_with_torch(name: str, dtype: torch.dtype, few: set[float]) -> None:
     domain = fitted(frozenset(few), dtype)

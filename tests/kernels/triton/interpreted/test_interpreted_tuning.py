@@ -13,8 +13,8 @@ import torch
 from interpreted_cases import assert_specified, case
 
 from pisa_compile.kernels.triton import configs
-from pisa_compile.kernels.triton.tools import tune
 from pisa_compile.kernels.triton.configs import INTERPRETER, Launch
+from pisa_compile.kernels.triton.tools import tune
 
 PROBLEM = tune.Problem(40, 1, 16, "float32", 0.6, torch.device("cpu"))
 
