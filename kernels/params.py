@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any
 
+import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUTINGS = ("topk", "topk_covariance", "threshold")
 ORDERS = ("none", "zeroth", "hybrid", "corrected", "blockwise")
 BLOCK_SIZES = (16, 32, 64, 128)

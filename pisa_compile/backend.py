@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from .caller import tokens_of_caller, traced_module
-from .compiled import Stepwise, Variant, keeping_tangents
+from .compiled import KeepingTangents, Stepwise, Variant
 from .options import CompileOptions, parse
 from .passes import (
     Context,
@@ -70,7 +70,7 @@ def pisa(
         at_dense_steps = None if dense is None else _compiled(dense, example_inputs, settings)
         compiled = Stepwise(compiled, at_dense_steps, sparse.density)
     replaced = any(decision.replaced for decision in sparse.decisions)
-    return keeping_tangents(compiled, gm.forward) if replaced else compiled
+    return KeepingTangents(compiled, gm.forward) if replaced else compiled
 
 
 def _context(settings: CompileOptions, module: nn.Module | None) -> Context:
@@ -121,19 +121,14 @@ def compile_inner(
 ) -> Callable[..., Any]:
     """Compile a rewritten graph with the compiler that the options name."""
     compiled: Any
-    if settings.inner == "eager":
-        compiled = gm.forward
-    elif settings.inner == "aot_eager":
-        from functorch.compile import aot_module_simplified, make_boxed_func
-
-        def boxed(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-            return make_boxed_func(graph.forward)
-
-        compiled = aot_module_simplified(gm, example_inputs, fw_compiler=boxed)
-    else:
+    if settings.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
         # Settings go along as patches of this call; Inductor's global configuration stays as is.
         compiled = compile_fx(gm, example_inputs, config_patches=settings.inductor)
+    else:
+        from torch._dynamo import lookup_backend
+
+        compiled = lookup_backend(settings.inner)(gm, list(example_inputs))
     function: Callable[..., Any] = compiled
     return function

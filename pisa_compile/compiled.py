@@ -3,17 +3,25 @@
 Nothing here is traced. What changes from call to call becomes tensors, arguments of the graph after
 its own: the densities of the denoising step, and the numbers of the calls of shared regions.
 They stay on the graph's device, so that what comes again costs no copy and no synchronisation.
+
+Both classes can be saved, which `torch._dynamo.aot_compile` asks of what a backend returns: a saved
+object is what torch saves of the compiled graph, and our record of it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.aot_compile_types import (
+    BundledAOTAutogradSerializableCallable,
+    SerializableCallable,
+)
 from torch.autograd import forward_ad
 
 from .caller import tokens_of_caller
@@ -31,7 +39,7 @@ _NO_STEP = (
 )
 
 
-class Variant:
+class Variant(SerializableCallable):
     """One compiled graph.
 
     Args:
@@ -52,7 +60,9 @@ class Variant:
         note: str | None = None,
         patterns: Sequence[str] = (),
     ) -> None:
-        self._compiled = Recorded(compiled, decisions, note, patterns)
+        self._graph = compiled
+        self._record = tuple(decisions), note, tuple(patterns)
+        self._compiled = Recorded(compiled, *self._record)
         self._numbers = () if numbers is None else (_numbers(len(numbers), numbers.device),)
         self._follows_caller = follows_caller
 
@@ -62,8 +72,20 @@ class Variant:
         with called_with(tokens_of_caller()):
             return self._compiled(*args, *self._numbers)
 
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: Variant) -> bytes:
+        numbers = fn._numbers[0] if fn._numbers else None
+        decisions, note, patterns = fn._record
+        arguments = decisions, numbers, fn._follows_caller, note, patterns
+        return pickle.dumps((_saved(fn._graph), arguments))
 
-class Stepwise:
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Variant:
+        (restore, graph), arguments = pickle.loads(data)
+        return cls(restore(graph), *arguments)
+
+
+class Stepwise(SerializableCallable):
     """A graph whose ops have schedules: the variant of the current step runs.
 
     Args:
@@ -92,6 +114,17 @@ class Stepwise:
             return self._sparse(*args)
         return self._sparse(*args, _table(values, width, self._density.device))
 
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: Stepwise) -> bytes:
+        variants = [None if x is None else _saved(x) for x in (fn._sparse, fn._dense)]
+        return pickle.dumps((variants, fn._density.without_trace()))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Stepwise:
+        variants, density = pickle.loads(data)
+        sparse, dense = (x and x[0](x[1]) for x in variants)
+        return cls(sparse, dense, density)
+
     def _values_at(self, step: Step | None) -> tuple[bool, tuple[Values, ...]]:
         """Whether all schedules know the step, and the densities of each."""
         rows = self._density.rows
@@ -99,19 +132,49 @@ class Stepwise:
         return known, tuple(row.schedule.densities(step, row.sparsity) for row in rows)
 
 
-def keeping_tangents(run: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, but the graph as it was `traced` where arguments carry forward-mode tangents.
+class KeepingTangents(SerializableCallable):
+    """A compiled graph, but the graph as it was traced where arguments carry forward-mode tangents.
 
     The op has no derivative, and torch would drop them without a word.
     """
 
-    def keep(*args: Any) -> Any:
+    def __init__(self, run: Callable[..., Any], traced: Callable[..., Any]) -> None:
+        self._run = run
+        self._traced = traced
+
+    def __call__(self, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             _tell_of_tangents()
-            return traced(*args)
-        return run(*args)
+            return self._traced(*args)
+        return self._run(*args)
 
-    return keep
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: KeepingTangents) -> bytes:
+        return pickle.dumps(_saved(fn._run))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Any:
+        """The compiled graph alone: what was traced is not saved."""
+        restore, graph = pickle.loads(data)
+        return restore(graph)
+
+
+def _saved(compiled: Callable[..., Any]) -> tuple[Callable[[bytes], Any], bytes]:
+    """What restores a compiled callable, and from what.
+
+    Raises:
+        RuntimeError: torch cannot save it.
+    """
+    if not isinstance(compiled, SerializableCallable):
+        if getattr(compiled, "serialize", None) is None:
+            raise RuntimeError(
+                f"torch {torch.__version__} cannot save a compiled graph of type "
+                f"{type(compiled).__name__}; aot_compile needs inner='inductor' or 'aot_eager' and "
+                "torch's compile caches switched on"
+            )
+        compiled = BundledAOTAutogradSerializableCallable(compiled)
+    kind = type(compiled)
+    return kind.deserialize_compile_artifacts, kind.serialize_compile_artifacts(compiled)
 
 
 def _has_tangent(value: Any) -> bool:

@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from ... import cost
-from ...kernels.params import Settings
+from ...kernels.params import DTYPES, Settings
 from ...ops import dispatch
 from ...policies.policy import DEFAULT_MIN_TOKENS, DEFAULT_MIN_TOKENS_GPU, Policy
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _operand_refusal(candidate: Candidate) -> str | None:
     for name, operand in (("query", query), ("key", candidate.key), ("value", candidate.value)):
         if operand.is_nested:
             return f"its {name} is a nested tensor; pad it and pass a key-padding mask"
-        if operand.dtype not in _DTYPES:
+        if operand.dtype not in DTYPES:
             return f"its {name} has dtype {operand.dtype}; floating point is supported"
         if operand.device != query.device:
             return f"its query is on {query.device}, its {name} on {operand.device}"

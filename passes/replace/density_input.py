@@ -8,7 +8,7 @@ device. An attribute of the graph would not do: copies of a model share compiled
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -55,6 +55,13 @@ class DensityInput:
     def width(self) -> int | None:
         """Numbers in a row of the table."""
         return None if self.table is None else self.table.shape[1]
+
+    def without_trace(self) -> DensityInput:
+        """The same with an example that belongs to no trace, so that it can be pickled."""
+        if self.table is None:
+            return self
+        example = torch.empty(self.table.shape, dtype=self.table.dtype, device="meta")
+        return replace(self, table=example)
 
 
 def add_density_input(gm: fx.GraphModule) -> DensityInput | None:

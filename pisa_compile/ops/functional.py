@@ -119,7 +119,7 @@ def attention(
             expected and what came.
         UnsupportedError: `impl` cannot run this call.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and _under_autocast(query.device.type):
         # As `F.scaled_dot_product_attention` does under autocast.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -147,3 +147,8 @@ def attention(
         )
         raise
     return result
+
+
+def _under_autocast(device_type: str) -> bool:
+    """Some devices have no autocast, and torch raises when it is asked about them."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

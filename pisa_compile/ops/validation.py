@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.curves import CURVES
-from ..kernels.params import BLOCK_SIZES, ORDERS, ROUTINGS
+from ..kernels.params import BLOCK_SIZES, DTYPES, ORDERS, ROUTINGS
 from .dispatch import IMPLEMENTATIONS
 
 
@@ -192,13 +192,25 @@ def _check_tensors(query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got a nested one; pad it with "
+                "torch.nested.to_padded_tensor and pass attn_mask for the keys that are padding"
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be a dense tensor, got layout {tensor.layout}; use {name}.to_dense()"
+            )
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [B, H, T, D], got {tensor.dim()}: "
                 f"{tuple(tensor.shape)}"
             )
-    if not query.is_floating_point():
-        raise TypeError(f"query must have a floating-point dtype, got {query.dtype}")
+    if query.dtype not in DTYPES:
+        raise TypeError(
+            "query must have dtype float64, float32, bfloat16 or float16, "
+            f"got {query.dtype}; cast it first"
+        )
     for what in ("dtype", "device"):
         found = {name: getattr(tensor, what) for name, tensor in named.items()}
         if len(set(found.values())) != 1:

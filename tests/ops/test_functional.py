@@ -109,8 +109,27 @@ def bad(words: str, error: type[Exception] = ValueError, **change: Any) -> Any:
         bad("one batch size", query=torch.zeros(3, 2, 8, 4)),
         bad("one head count and length", value=torch.zeros(1, 2, 9, 4)),
         bad("one dtype.*value torch.float64", TypeError, value=torch.zeros(1, 2, 8, 4).double()),
+        bad("bfloat16 or float16, got torch.int64", TypeError, query=torch.ones(1, 2, 8, 4).long()),
+        *(
+            bad(
+                f"bfloat16 or float16, got {dtype}; cast it",
+                TypeError,
+                **dict.fromkeys(("query", "key", "value"), torch.zeros(1, 2, 8, 4).to(dtype)),
+            )
+            for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        ),
+        *(
+            bad(
+                f"query must be a dense tensor, got layout {tensor.layout}; use query.to_dense",
+                TypeError,
+                **dict.fromkeys(("query", "key", "value"), tensor),
+            )
+            for tensor in (torch.zeros(1, 2, 8, 4).to_mkldnn(), torch.zeros(1, 2, 8, 4).to_sparse())
+        ),
         bad(
-            "floating-point dtype, got torch.int64", TypeError, query=torch.ones(1, 2, 8, 4).long()
+            "value must be a dense tensor, got a nested one; pad it",
+            TypeError,
+            value=torch.nested.as_nested_tensor(torch.zeros(1, 2, 8, 4), layout=torch.jagged),
         ),
         bad("one device.*value meta", TypeError, value=torch.zeros(1, 2, 8, 4, device="meta")),
         bad("at least one token", key=torch.zeros(1, 2, 0, 4), value=torch.zeros(1, 2, 0, 4)),
@@ -158,6 +177,13 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], words: st
     pisa.attention(**good)
     with pytest.raises(error, match=words):
         pisa.attention(**{**good, **change})
+
+
+def test_meta_tensors_give_meta_tensors() -> None:
+    x = torch.empty(1, 2, 200, 16, device="meta", dtype=torch.bfloat16)
+    out, lse = pisa.attention(x, x, x, sparsity=0.5, return_lse=True)
+    assert (out.device.type, out.dtype, out.shape) == ("meta", x.dtype, x.shape)
+    assert (lse.device.type, lse.dtype, lse.shape) == ("meta", torch.float32, x.shape[:3])
 
 
 def test_forced_implementation_that_cannot_run_raises() -> None:
