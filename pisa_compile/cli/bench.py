@@ -318,7 +318,7 @@ def _draw(timings: Sequence[Timing], about: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(shapes)), shapes)
     axes.set_ylabel("milliseconds")
     axes.set_title(_caption(about), fontsize=7, wrap=True)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
