@@ -20,7 +20,7 @@ demo: $(VENV)/installed ## generate pictures with dense and with sparse attentio
 # Two processes, each with its own half of the processor: threads of both would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 FAST := tests/test_imports.py tests/caller tests/cost tests/ops tests/policies tests/report tests/steps \
-	tests/passes/judge tests/passes/masks tests/passes/replace tests/passes/sites
+	tests/passes/judge tests/passes/masks tests/passes/replace
 
 check: lint types ## the fast half of the tests, in under two minutes
 	$(PYTEST) -m "not slow" $(FAST)
