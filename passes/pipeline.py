@@ -152,8 +152,9 @@ def rewritten(gm: fx.GraphModule, context: Context, scheduled: Scheduling) -> Re
     except (UnsupportedError, PolicyError):
         raise
     except Exception as error:
-        place = f" at {walk.place}" if walk.place else ""
-        raise PassError(f"an unexpected error{place}: {type(error).__name__}: {error}") from error
+        raise PassError(
+            f"an unexpected error{walk.place}: {type(error).__name__}: {error}"
+        ) from error
     _log_summary(decisions)
     return result
 
@@ -175,7 +176,15 @@ class _Walk:
         self.scheduled: Scheduling = scheduled
         self.closed: str | None = None  # the operator whose body cannot take another input
         self.done: dict[int, list[Decision]] = {}
-        self.place = ""  # where it is, for words about an error
+        self.at: fx.Node | None = None  # for words about an error
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words that follow others."""
+        if self.at is None:
+            return ""
+        modules = module_stack(self.at)
+        return f" at {modules[-1][1] if modules else self.at.name}"
 
     def graph(self, gm: fx.GraphModule, facts: GraphFacts, first: int = 0) -> list[Decision]:
         """The decisions of a graph, of which `first` others come before in the one around it."""
@@ -195,8 +204,7 @@ class _Walk:
         # Checkpointing, nested compiled regions and control flow keep their bodies as children.
         if node.op == "get_attr" and isinstance(child := _attribute(gm, node), fx.GraphModule):
             return self.body(gm, node, child, facts, number)
-        modules = module_stack(node)
-        self.place = modules[-1][1] if modules else node.name
+        self.at = node
         if is_opaque(node):
             return self.opaque(node, facts, number)
         for spelling in SPELLINGS:

@@ -28,19 +28,19 @@ _MOST = 64  # projections stand near their attention
 
 def attends_channels(site: AttentionSite) -> bool:
     """Whether query and key of `site` are multiplied along their tokens."""
-    kinds = [_kinds(view) for view in (site.query, site.key)]
-    return all(kind == ("channel", "token") for kind in kinds)
+    # One after the other: the first one tells for nearly all attention.
+    wanted: tuple[tuple[int, Kind], ...] = ((-1, "token"), (-2, "channel"))
+    return all(
+        _kind_along(view, dim) == kind for view in (site.query, site.key) for dim, kind in wanted
+    )
 
 
-def _kinds(view: View) -> tuple[Kind | None, Kind | None]:
-    """What the last two dimensions of a view are."""
+def _kind_along(view: View, dim: int) -> Kind | None:
+    """What a dimension of a view is."""
     axes = Axes()
     given = axes.fresh(example(view.node).shape)
     dims = view.through(axes, given)
-    if dims is None:
-        return None, None
-    rows, width = (_sources(given, dims, dim, axes) for dim in (-2, -1))
-    return _kind(view.node, rows), _kind(view.node, width)
+    return None if dims is None else _kind(view.node, _sources(given, dims, dim, axes))
 
 
 def _sources(given: Dims, dims: Dims, dim: int, axes: Axes) -> list[int]:
