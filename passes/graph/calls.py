@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -44,8 +44,7 @@ _IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "imatm
 _IN_PLACE_OPERATORS |= {"ipow", "ixor", "ifloordiv", "imod", "ilshift", "irshift", "iconcat"}
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call of a torch function, method or operator. `in_place` calls change `args[0]`."""
 
     name: str
@@ -73,34 +72,45 @@ class Call:
 
 def call_of(node: Any) -> Call | None:
     """The call that `node` makes, or None for placeholders and for what is not torch's."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "call_method":
-        call = _call(str(node.target), node)
-        if call.name == "where" and len(call.args) > 1:  # x.where(condition, y)
-            return replace(call, args=(call.args[1], call.args[0], *call.args[2:]))
-        return call
-    if node.op != "call_function":
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return None
     if node.target is getattr:
         name = f".{node.args[1]}"
         return Call(_NAMES.get(name, name), node.args[:1], {}, in_place=False)
-    if isinstance(node.target, torch._ops.OpOverload):
-        is_torch = node.target.namespace in ("aten", "prims")
-        return _call(node.target._opname, node) if is_torch else None
-    module = getattr(node.target, "__module__", None) or ""
-    name = str(getattr(node.target, "__name__", ""))
+    named = _named(node.target)
+    if named is None:
+        return None
+    name, in_place = named
+    args, kwargs = node.args, node.kwargs
+    if not args and (first := kwargs.keys() & {"input", "self"}):
+        kwargs = dict(kwargs)
+        args = (kwargs.pop(first.pop()),)
+    elif name == "where" and node.op == "call_method" and len(args) > 1:  # x.where(condition, y)
+        args = (args[1], args[0], *args[2:])
+    return Call(name, args, kwargs, in_place)
+
+
+def _named(target: Any) -> tuple[str, bool] | None:
+    """The name of what is called and whether it works in place; None for what is not torch's.
+
+    Args:
+        target: of a node: a method's name, a function, an operator.
+    """
+    if isinstance(target, str):
+        return _plain(target)
+    if isinstance(target, torch._ops.OpOverload):
+        if target.namespace not in ("aten", "prims"):
+            return None
+        return _plain(target._opname)[0], target._schema.is_mutable
+    module = getattr(target, "__module__", None) or ""
+    name = str(getattr(target, "__name__", ""))
     if module == "_operator":
-        return _call(name.strip("_"), node)  # `and_` is not in place
-    return _call(name, node) if module.split(".")[0] == "torch" else None
+        return _plain(name.strip("_"))  # `and_` is not in place
+    return _plain(name) if module.split(".")[0] == "torch" else None
 
 
-def _call(name: str, node: fx.Node) -> Call:
+@functools.lru_cache(maxsize=4096)  # a graph asks several times for each of its nodes
+def _plain(name: str) -> tuple[str, bool]:
     plain = name.strip("_")
     in_place = plain in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    if isinstance(node.target, torch._ops.OpOverload):
-        in_place = node.target._schema.is_mutable
-    args, kwargs = node.args, dict(node.kwargs)
-    if not args and (first := kwargs.keys() & {"input", "self"}):
-        args = (kwargs.pop(first.pop()),)
-    return Call(_NAMES.get(name, _NAMES.get(plain, plain)), args, kwargs, in_place)
+    return _NAMES.get(name, _NAMES.get(plain, plain)), in_place

@@ -32,7 +32,10 @@ def copied(
         if new.target is torch.ops.higher_order.invoke_subgraph:
             # By the identifier later stages take the bodies of two calls for the same.
             new.args = (new.args[0], f"{new.args[1]}_{name}", *new.args[2:])
-    copy = done[id(gm)] = fx.GraphModule(gm, graph)
+    # Every graph module has a class of its own, made from that of its kind. Dynamo's kind writes
+    # its code no sooner than somebody asks for it.
+    kind: type[fx.GraphModule] = type(gm).__bases__[0]
+    copy = done[id(gm)] = kind(gm, graph)
     copy.meta = dict(gm.meta)
     copy.shape_env = gm.shape_env
     for attribute, value in vars(gm).items():

@@ -46,11 +46,13 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     """The tensors that `node` changes in place, or may change."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return []
-    return [x for x in tree_leaves(list(_written(node))) if isinstance(x, fx.Node)]
+    written = list(_written(node))
+    return [x for x in tree_leaves(written) if isinstance(x, fx.Node)] if written else []
 
 
 def _written(node: fx.Node) -> Iterator[Any]:
-    yield node.kwargs.get("out")
+    if "out" in node.kwargs:
+        yield node.kwargs["out"]
     target = node.target
     call = call_of(node)
     if call is not None and call.name in _HARMLESS:

@@ -17,7 +17,7 @@ from ..graph.axes import Axes, Dims
 from ..graph.calls import Call, call_of
 from ..graph.fake import example, is_tensor
 from ..graph.operations import SLICES, SPLITS
-from ..graph.product import product_of
+from ..graph.product import Product, product_of
 from ..sites.site import AttentionSite, View
 from .steps import indexed, same_axis
 
@@ -51,31 +51,32 @@ def _sources(given: Dims, dims: Dims, dim: int, axes: Axes) -> list[int]:
 
 
 def _kind(node: fx.Node, dims: list[int]) -> Kind | None:
-    """What the dimensions are by the first layer behind them; None if none is found."""
+    """What the dimensions are by the nearest layer behind them; None if none is found."""
     waiting = [(node, dim) for dim in dims]
     seen: set[tuple[fx.Node, int]] = set()
     while waiting and len(seen) < _MOST:
-        place = waiting.pop(0)
+        place = waiting.pop()
         if place in seen or not is_tensor(place[0]):
             continue
         seen.add(place)
-        kind = _made_by_layer(*place)
+        call = call_of(place[0])
+        if call is None or not call.args:
+            continue
+        product = product_of(place[0])
+        kind = _made_by_layer(call, product, *place)
         if kind is not None:
             return kind
-        waiting += _before(*place)
+        if product is None and "attention" not in call.name:
+            # The youngest comes first: projections were computed after tables of rotary positions.
+            waiting += sorted(_before(call, *place))
     return None
 
 
-def _made_by_layer(node: fx.Node, dim: int) -> Kind | None:
-    call = call_of(node)
-    if call is None:
-        return None
-    rank = example(node).dim()
+def _made_by_layer(call: Call, product: Product | None, node: fx.Node, dim: int) -> Kind | None:
     if call.name == "linear":
-        return "channel" if dim == rank - 1 else "token"
+        return "channel" if dim == example(node).dim() - 1 else "token"
     if call.name.startswith("conv") and "conver" not in call.name and dim > 0:
         return "channel" if dim == 1 else "token"
-    product = product_of(node)
     if product is None:
         return None
     left, right = (set(letters) for _, letters in product.sides)
@@ -86,11 +87,8 @@ def _made_by_layer(node: fx.Node, dim: int) -> Kind | None:
     return "token" if example(product.right).dim() == 2 and letter in left - right else None
 
 
-def _before(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
+def _before(call: Call, node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
     """The same dimension one operation back."""
-    call = call_of(node)
-    if call is None or not call.args or product_of(node) is not None or "attention" in call.name:
-        return
     source: Any = call.args[0]
     if call.name in ("cat", "stack"):
         at = call.argument(1, "dim", default=0) % example(node).dim()

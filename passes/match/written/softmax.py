@@ -18,6 +18,8 @@ from ...graph.fake import example, is_tensor
 from ...graph.product import product_of
 from ...graph.writes import UnknownValueError, Writes, written_by
 
+_BASES = {"exp": 1.0, "exp2": math.log(2.0), "special_exp2": math.log(2.0)}
+_PARTS = {"softmin", "div", "mul", "pow", *_BASES}
 _CALLS = {"softmax", "softmin", "safe_softmax"}
 # Looked at between exponentials, their sum and the quotient, to tell what is no softmax.
 _MOST = 16
@@ -48,7 +50,7 @@ class Softmax:
 def softmax_of(node: fx.Node, writes: Writes) -> Softmax | None:
     """The softmax that `node` computes, or None."""
     call = call_of(node)
-    if call is None or not is_tensor(node):
+    if call is None or not (call.name in _PARTS or "softmax" in call.name) or not is_tensor(node):
         return None
     try:
         if "softmax" in call.name or call.name == "softmin":
@@ -58,7 +60,7 @@ def softmax_of(node: fx.Node, writes: Writes) -> Softmax | None:
             return _normalised(node, weights, total, writes) or _altered(node, weights, total)
         if call.name == "mul":
             return _times_reciprocal(node, call, writes)
-        if exponential := _exponential(node):
+        if exponential := _exponential(call):
             found = _by_logarithm(node) or _divided_later(node, *exponential, writes)
             return found or _altered_and_divided_later(node, exponential[0])
     except UnknownValueError:
@@ -79,9 +81,8 @@ def _called(node: fx.Node, call: Call) -> Softmax | None:
     return Softmax(node, scores, dim % max(example(scores).dim(), 1), (node,), factor=factor)
 
 
-def _exponential(node: Any) -> tuple[fx.Node, float] | None:
-    """`scores` and `factor` of a node that computes exp(factor * scores)."""
-    call = call_of(node)
+def _exponential(call: Call | None) -> tuple[fx.Node, float] | None:
+    """`scores` and `factor` of a call that computes exp(factor * scores)."""
     if call is None or not call.args:
         return None
     if call.name == "pow":
@@ -89,7 +90,7 @@ def _exponential(node: Any) -> tuple[fx.Node, float] | None:
         if is_tensor(scores) and isinstance(base, (int, float)) and base > 0:
             return scores, math.log(base)
         return None
-    factor = {"exp": 1.0, "exp2": math.log(2.0)}.get(call.name.removeprefix("special_"))
+    factor = _BASES.get(call.name)
     scores = call.args[0]
     return (scores, factor) if factor is not None and is_tensor(scores) else None
 
@@ -99,7 +100,7 @@ def _normalised(node: fx.Node, weights: Any, total: Any, writes: Writes) -> Soft
     if not isinstance(weights, fx.Node):
         return None
     weights = writes.value(weights, node)
-    exponential = _exponential(weights)
+    exponential = _exponential(call_of(weights))
     if exponential is None:
         return None
     scores, factor = exponential
@@ -143,7 +144,7 @@ def _altered(node: fx.Node, weights: Any, total: Any) -> Softmax | None:
     """Exponentials divided by a sum of them, either of which something was done to."""
     denominators = _sources(total)
     for source in _sources(weights):
-        exponential = _exponential(source)
+        exponential = _exponential(call_of(source))
         if exponential is not None and source in denominators and _has_sum(denominators):
             return Softmax(node, exponential[0], 0, (node, source), obstacle=_ALTERED)
     return None
@@ -177,7 +178,7 @@ def _sources(node: Any) -> list[fx.Node]:
         if not isinstance(node, fx.Node) or node in found:
             continue
         found.append(node)
-        if _exponential(node) is None and product_of(node) is None:
+        if _exponential(call_of(node)) is None and product_of(node) is None:
             waiting += node.all_input_nodes
     return found
 
