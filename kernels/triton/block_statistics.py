@@ -16,20 +16,17 @@ from .primitives import dot, keys_of, load_tile
 @triton.jit
 def _block(
     key, value, key_mask, permutation, start,
-    key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
-    d_columns, e_columns,
+    key_strides, value_strides, mask_strides, key_len, d_columns, e_columns,
     BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One key block: validity, number of valid keys, keys and values."""
     base, rows, valid = keys_of(
-        permutation, key_mask, start, tl.arange(0, BLOCK), key_len, mask_stride_t
+        permutation, key_mask, start, tl.arange(0, BLOCK), key_len, mask_strides[1]
     )
-    k = load_tile(
-        key + base * key_stride_t, rows, d_columns, key_stride_t, key_stride_d, valid, D
-    )  # [B, D]
-    v = load_tile(
-        value + base * value_stride_t, rows, e_columns, value_stride_t, value_stride_d, valid, E
-    )  # [B, E]
+    _, _, stride_t, stride_d = key_strides
+    k = load_tile(key + base * stride_t, rows, d_columns, stride_t, stride_d, valid, D)  # [B, D]
+    _, _, stride_t, stride_e = value_strides
+    v = load_tile(value + base * stride_t, rows, e_columns, stride_t, stride_e, valid, E)  # [B, E]
     length = tl.sum(valid.to(tl.float32), axis=0)
     return valid, length, k, v
 
@@ -55,7 +52,7 @@ def _mean_energy(energy, columns, PARTS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _tail_mass_correction(
     centred, length, key, key_mask, permutation, energy, held, start,
-    key_stride_t, key_stride_d, mask_stride_t, key_len, scale,
+    key_strides, mask_strides, key_len, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -68,10 +65,10 @@ def _tail_mass_correction(
     for first in tl.range(D_TILE, D, D_TILE):
         columns = first + tl.arange(0, D_TILE)
         base, rows, valid = keys_of(
-            permutation, key_mask, start, tl.arange(0, BLOCK), key_len, mask_stride_t
+            permutation, key_mask, start, tl.arange(0, BLOCK), key_len, mask_strides[1]
         )
         k = load_tile(
-            key + base * key_stride_t, rows, columns, key_stride_t, key_stride_d, valid, D
+            key + base * key_strides[2], rows, columns, key_strides[2], key_strides[3], valid, D
         )  # [B, D]
         mean = tl.sum(k.to(tl.float32), axis=0) / length
         rest = _centred(k, mean, valid)
@@ -94,9 +91,7 @@ def block_statistics_kernel(
     #              correction, -inf for none
     partial,  # out float32 [heads, S, D, E], or None
     partial_counts,  # out float32 [heads, S, 2]: valid keys, blocks that have any
-    key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_stride_b, value_stride_h, value_stride_t, value_stride_d,
-    mask_stride_b, mask_stride_t,
+    key_strides, value_strides, mask_strides,
     head_start, kv_heads, key_len, blocks, blocks_per_split, scale,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -113,10 +108,10 @@ def block_statistics_kernel(
     d_tile, e_tile = tile // e_tiles, tile % e_tiles
     head = head_start + local_head
     batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
-    key += batch * key_stride_b + kv_head * key_stride_h
-    value += batch * value_stride_b + kv_head * value_stride_h
+    key += batch * key_strides[0] + kv_head * key_strides[1]
+    value += batch * value_strides[0] + kv_head * value_strides[1]
     if key_mask is not None:
-        key_mask += batch * mask_stride_b
+        key_mask += batch * mask_strides[0]
     row0 = local_head.to(tl.int64) * blocks
     d_columns = d_tile * D_TILE + tl.arange(0, D_TILE)
     e_columns = e_tile * E_TILE + tl.arange(0, E_TILE)
@@ -132,8 +127,7 @@ def block_statistics_kernel(
     ):
         valid, length, k, v = _block(
             key, value, key_mask, permutation, block * BLOCK,
-            key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
-            d_columns, e_columns, BLOCK, D, E,
+            key_strides, value_strides, mask_strides, key_len, d_columns, e_columns, BLOCK, D, E,
         )  # fmt: skip
         divisor = tl.maximum(length, 1.0)
         mean = tl.sum(k.to(tl.float32), axis=0) / divisor  # [D]
@@ -158,7 +152,7 @@ def block_statistics_kernel(
             if energy is not None:
                 weight += _tail_mass_correction(
                     centred, divisor, key, key_mask, permutation, energy, held, block * BLOCK,
-                    key_stride_t, key_stride_d, mask_stride_t, key_len, scale,
+                    key_strides, mask_strides, key_len, scale,
                     BLOCK, D, D_TILE, PARTS, LIMIT,
                 )  # fmt: skip
             tl.store(log_weight + row, tl.where(length > 0, weight, float("-inf")))
@@ -212,9 +206,7 @@ def covariance_kernel(
     key_mean,  # float32 [heads, blocks, D]
     mean_matrix,  # float32 [heads, D, E]
     score_bias,  # out float32 [heads, blocks]: log(||H_j - mean|| + EPS)
-    key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_stride_b, value_stride_h, value_stride_t, value_stride_d,
-    mask_stride_b, mask_stride_t,
+    key_strides, value_strides, mask_strides,
     head_start, kv_heads, key_len, blocks,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -229,10 +221,10 @@ def covariance_kernel(
     block, local_head = tl.program_id(0), tl.program_id(1)
     head = head_start + local_head
     batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
-    key += batch * key_stride_b + kv_head * key_stride_h
-    value += batch * value_stride_b + kv_head * value_stride_h
+    key += batch * key_strides[0] + kv_head * key_strides[1]
+    value += batch * value_strides[0] + kv_head * value_strides[1]
     if key_mask is not None:
-        key_mask += batch * mask_stride_b
+        key_mask += batch * mask_strides[0]
     row = local_head.to(tl.int64) * blocks + block
     mean_matrix += local_head.to(tl.int64) * (D * E)
 
@@ -244,8 +236,8 @@ def covariance_kernel(
             e_columns = e_start + tl.arange(0, E_TILE)
             valid, _, k, v = _block(
                 key, value, key_mask, permutation, block * BLOCK,
-                key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t, key_len,
-                d_columns, e_columns, BLOCK, D, E,
+                key_strides, value_strides, mask_strides, key_len, d_columns, e_columns,
+                BLOCK, D, E,
             )  # fmt: skip
             inside = (d_columns < D)[:, None] & (e_columns < E)[None, :]
             offsets = d_columns[:, None] * E + e_columns[None, :]

@@ -35,8 +35,7 @@ from .primitives import (
 
 @triton.jit
 def _scores_in_chunks(
-    query, rows, row_valid, query_stride_t, query_stride_d,
-    key, columns, column_valid, key_stride_t, key_stride_d,
+    query, rows, row_valid, query_strides, key, columns, column_valid, key_stride_t, key_stride_d,
     D: tl.constexpr, D_PAD: tl.constexpr, D_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +46,7 @@ def _scores_in_chunks(
     score = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for start in tl.range(0, D_PAD, D_CHUNK):
         d_columns = start + tl.arange(0, D_CHUNK)
-        q = load_tile(query, rows, d_columns, query_stride_t, query_stride_d, row_valid, D)
+        q = load_tile(query, rows, d_columns, query_strides[2], query_strides[3], row_valid, D)
         k = load_tile(key, columns, d_columns, key_stride_t, key_stride_d, column_valid, D)
         score = dot(q, tl.trans(k), score, PRECISION, UPCAST)
     return score
@@ -55,7 +54,7 @@ def _scores_in_chunks(
 
 @triton.jit
 def _centroid_tile(
-    q, query, rows, row_valid, query_stride_t, query_stride_d,
+    q, query, rows, row_valid, query_strides,
     key_mean, value_mean, kv_row, start, blocks,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     D_CHUNK: tl.constexpr, IN_CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -70,8 +69,8 @@ def _centroid_tile(
     valid = columns < blocks
     if IN_CHUNKS:
         score = _scores_in_chunks(
-            query, rows, row_valid, query_stride_t, query_stride_d,
-            key_mean, columns, valid, D, 1, D, D_PAD, D_CHUNK, PRECISION, UPCAST,
+            query, rows, row_valid, query_strides, key_mean, columns, valid, D, 1,
+            D, D_PAD, D_CHUNK, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         if DESCRIPTORS:
@@ -89,7 +88,7 @@ def _centroid_tile(
 
 @triton.jit
 def _centroids(
-    q, query, rows, row_valid, query_stride_t, query_stride_d,
+    q, query, rows, row_valid, query_strides,
     key_mean, value_mean, kv_row, log_weight, bitmap, first_block, member, query_blocks, blocks,
     scale, row_max, row_sum, out,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
@@ -100,7 +99,7 @@ def _centroids(
     """Zeroth order: every block that the row's query block did not select, as one column."""
     for start in tl.range(0, blocks, COLUMNS):
         score, v = _centroid_tile(
-            q, query, rows, row_valid, query_stride_t, query_stride_d,
+            q, query, rows, row_valid, query_strides,
             key_mean, value_mean, kv_row, start, blocks, D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS,
             COLUMNS, DESCRIPTORS, PRECISION, UPCAST,
         )  # fmt: skip
@@ -122,7 +121,7 @@ def _centroids(
 
 @triton.jit
 def _select_inside(
-    q, query, rows, row_valid, query_stride_t, query_stride_d,
+    q, query, rows, row_valid, query_strides,
     key_mean, value_mean, kv_row, log_weight, cuts, entries, first_block, member,
     query_len, query_blocks, blocks, free_first, free_last, scale, row_max, row_sum, out,
     BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -150,7 +149,7 @@ def _select_inside(
     best_distance = tl.zeros([PACK], tl.int32)
     for start in tl.range(0, blocks, COLUMNS):
         score, v = _centroid_tile(
-            q, query, rows, row_valid, query_stride_t, query_stride_d,
+            q, query, rows, row_valid, query_strides,
             key_mean, value_mean, kv_row, start, blocks, D, E, D_PAD, E_PAD, D_CHUNK,
             IN_CHUNKS, COLUMNS, DESCRIPTORS, PRECISION, UPCAST,
         )  # fmt: skip
@@ -190,7 +189,7 @@ def _select_inside(
         column = tl.sum(tl.where(own, (origin + best_distance) % blocks, 0), axis=0)
         wanted = tl.sum(own.to(tl.int32), axis=0) > 0
         score, v = _centroid_tile(
-            q, query, rows, row_valid, query_stride_t, query_stride_d,
+            q, query, rows, row_valid, query_strides,
             key_mean, value_mean, kv_row, column // COLUMNS * COLUMNS, blocks,
             D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, COLUMNS, DESCRIPTORS, PRECISION, UPCAST,
         )  # fmt: skip
@@ -234,7 +233,7 @@ def _per_row(bias, member, PACK: tl.constexpr):
 
 @triton.jit
 def _first_order(
-    query, rows, row_valid, stride_t, stride_d, first_order, row_sum, out,
+    query, rows, row_valid, query_strides, first_order, row_sum, out,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     D_CHUNK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -247,7 +246,9 @@ def _first_order(
     e_columns = tl.arange(0, E_PAD)
     for start in tl.range(0, D_PAD, D_CHUNK):
         d_columns = start + tl.arange(0, D_CHUNK)
-        q = load_tile(query, rows, d_columns, stride_t, stride_d, row_valid, D)  # [R, D_CHUNK]
+        q = load_tile(
+            query, rows, d_columns, query_strides[2], query_strides[3], row_valid, D
+        )  # [R, D_CHUNK]
         matrix = load_tile(first_order, d_columns, e_columns, E, 1, d_columns < D, E)
         out = dot(q, matrix, out, PRECISION, UPCAST)
     return out * row_sum[:, None]
@@ -255,10 +256,9 @@ def _first_order(
 
 @triton.jit
 def _exact_blocks(
-    q, query, rows, row_valid, query_stride_t, query_stride_d,
+    q, query, rows, row_valid, query_strides,
     key, value, key_mask, permutation, indices, count, member, batch, kv_head, key_len, scale,
-    key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t,
-    row_max, row_sum, out,
+    key_strides, value_strides, mask_strides, row_max, row_sum, out,
     KEY_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     D_CHUNK: tl.constexpr, IN_CHUNKS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr,
@@ -275,12 +275,12 @@ def _exact_blocks(
         start = (entry & ENTRY_MASK) * KEY_BLOCK + (step % parts) * KEYS
         # Masked keys are loaded as zeros: they may hold anything, NaN included.
         base, tokens, valid = keys_of(
-            permutation, key_mask, start, columns, key_len, mask_stride_t
+            permutation, key_mask, start, columns, key_len, mask_strides[1]
         )  # [C]
         if IN_CHUNKS:
             score = _scores_in_chunks(
-                query, rows, row_valid, query_stride_t, query_stride_d,
-                key + base * key_stride_t, tokens, valid, key_stride_t, key_stride_d,
+                query, rows, row_valid, query_strides,
+                key + base * key_strides[2], tokens, valid, key_strides[2], key_strides[3],
                 D, D_PAD, D_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
         else:
@@ -288,8 +288,8 @@ def _exact_blocks(
                 k = key.load([batch, kv_head, start, 0]).reshape([KEYS, D_PAD])  # [C, D]
             else:
                 k = load_tile(
-                    key + base * key_stride_t, tokens, tl.arange(0, D_PAD),
-                    key_stride_t, key_stride_d, valid, D,
+                    key + base * key_strides[2], tokens, tl.arange(0, D_PAD),
+                    key_strides[2], key_strides[3], valid, D,
                 )  # [C, D]  # fmt: skip
             zero = tl.zeros([rows.shape[0], KEYS], tl.float32)
             score = dot(q, tl.trans(k), zero, PRECISION, UPCAST)  # [R, C]
@@ -297,8 +297,8 @@ def _exact_blocks(
             v = value.load([batch, kv_head, start, 0]).reshape([KEYS, E_PAD])  # [C, E]
         else:
             v = load_tile(
-                value + base * value_stride_t, tokens, tl.arange(0, E_PAD),
-                value_stride_t, value_stride_d, valid, E,
+                value + base * value_strides[2], tokens, tl.arange(0, E_PAD),
+                value_strides[2], value_strides[3], valid, E,
             )  # [C, E]  # fmt: skip
         bias = tl.where(valid, 0.0, float("-inf"))[None, :]
         if PACK > 1:
@@ -332,11 +332,7 @@ def forward_kernel(
     cuts,  # float32 [heads, query blocks] with INSIDE, or None
     out,  # out [B, H, Tq, E]
     lse,  # out float32 [B, H, Tq]
-    query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_stride_b, value_stride_h, value_stride_t, value_stride_d,
-    out_stride_b, out_stride_h, out_stride_t,
-    mask_stride_b, mask_stride_t,
+    query_strides, key_strides, value_strides, out_strides, mask_strides,
     head_start,  # first query head of this launch, counted over batch and heads
     heads,  # H
     group_size,  # query heads per key/value head
@@ -367,8 +363,8 @@ def forward_kernel(
     batch, own_head = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     kv_head = own_head // group_size
     if not DESCRIPTORS:
-        key += batch * key_stride_b + kv_head * key_stride_h
-        value += batch * value_stride_b + kv_head * value_stride_h
+        key += batch * key_strides[0] + kv_head * key_strides[1]
+        value += batch * value_strides[0] + kv_head * value_strides[1]
     local_kv = ((head // group_size) - (head_start // group_size)).to(tl.int64)
     pack: tl.constexpr = max(ROWS // BLOCK, 1)  # query blocks per query tile
     split: tl.constexpr = max(BLOCK // ROWS, 1)  # query tiles per query block
@@ -377,11 +373,11 @@ def forward_kernel(
     first_row = tile * ROWS
     member = places // BLOCK  # which query block of the tile a row belongs to
     base, rows, row_valid = tokens_of(permutation, first_row, places, query_len)
-    query += batch * query_stride_b + own_head * query_stride_h + base * query_stride_t
+    query += batch * query_strides[0] + own_head * query_strides[1] + base * query_strides[2]
     q = None
     if not IN_CHUNKS:
         q = load_tile(
-            query, rows, tl.arange(0, D_PAD), query_stride_t, query_stride_d, row_valid, D
+            query, rows, tl.arange(0, D_PAD), query_strides[2], query_strides[3], row_valid, D
         )  # [R, D]
 
     row_max = tl.full([ROWS], float("-inf"), tl.float32)  # of base-2 logits
@@ -399,7 +395,7 @@ def forward_kernel(
         block_row = local_head.to(tl.int64) * query_blocks + first_block
         if INSIDE:
             count, row_max, row_sum, acc = _select_inside(
-                q, query, rows, row_valid, query_stride_t, query_stride_d,
+                q, query, rows, row_valid, query_strides,
                 key_mean, value_mean, local_kv.to(tl.int32),
                 log_weight + local_kv * blocks, cuts + block_row, indices + index_row * capacity,
                 first_block, member, query_len, query_blocks, blocks, free_first, free_last,
@@ -409,7 +405,7 @@ def forward_kernel(
             )  # fmt: skip
         else:
             row_max, row_sum, acc = _centroids(
-                q, query, rows, row_valid, query_stride_t, query_stride_d,
+                q, query, rows, row_valid, query_strides,
                 key_mean, value_mean, local_kv.to(tl.int32),
                 log_weight + local_kv * blocks, bitmap + block_row * WORDS,
                 first_block, member, query_blocks, blocks, scale * LOG2E, row_max, row_sum, acc,
@@ -418,18 +414,17 @@ def forward_kernel(
             )  # fmt: skip
         if first_order is not None:
             acc = _first_order(
-                query, rows, row_valid, query_stride_t, query_stride_d,
+                query, rows, row_valid, query_strides,
                 first_order + local_kv * (D * E), row_sum, acc,
                 D, E, D_PAD, E_PAD, D_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
     if key_mask is not None:
-        key_mask += batch * mask_stride_b
+        key_mask += batch * mask_strides[0]
     row_max, row_sum, acc = _exact_blocks(
-        q, query, rows, row_valid, query_stride_t, query_stride_d,
+        q, query, rows, row_valid, query_strides,
         key, value, key_mask, permutation, indices + index_row * capacity, count, member,
         batch.to(tl.int32), kv_head.to(tl.int32), key_len, scale * LOG2E,
-        key_stride_t, key_stride_d, value_stride_t, value_stride_d, mask_stride_t,
-        row_max, row_sum, acc,
+        key_strides, value_strides, mask_strides, row_max, row_sum, acc,
         KEY_BLOCK, D, E, D_PAD, E_PAD, D_CHUNK, IN_CHUNKS, KEYS, pack, DESCRIPTORS,
         PRECISION, UPCAST,
     )  # fmt: skip
@@ -438,10 +433,10 @@ def forward_kernel(
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     log_sum = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(tl.where(empty, 1.0, row_sum)))
-    out += batch * out_stride_b + own_head * out_stride_h + base * out_stride_t
+    out += batch * out_strides[0] + own_head * out_strides[1] + base * out_strides[2]
     columns = tl.arange(0, E_PAD)
     tl.store(
-        out + rows[:, None] * out_stride_t + columns[None, :],
+        out + rows[:, None] * out_strides[2] + columns[None, :] * out_strides[3],
         acc.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (columns < E)[None, :],
     )

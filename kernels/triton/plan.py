@@ -69,6 +69,10 @@ class Call:
     lse: Tensor
 
     @property
+    def mask_strides(self) -> tuple[int, ...]:
+        return (0, 0) if self.mask is None else self.mask.stride()
+
+    @property
     def density_arguments(self) -> dict[str, Any]:
         shared = self.density is None or self.density.numel() == 1
         stride = 0 if shared or self.density is None else self.density.stride(0)
@@ -210,11 +214,6 @@ def _options(options: Options) -> dict[str, int]:
     return chosen if options.registers is None else {**chosen, "maxnreg": options.registers}
 
 
-def _strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    strides = tensor.stride() if tensor is not None else (0,) * len(axes)
-    return {f"{name}_stride_{axis}": s for axis, s in zip(axes, strides, strict=True)}
-
-
 def _dot_arguments(g: Geometry) -> dict[str, Any]:
     precise = g.bytes_per_value == 4
     return {
@@ -233,7 +232,7 @@ def _routing_dot_arguments(g: Geometry) -> dict[str, Any]:
 
 def _energy(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) -> KernelLaunch:
     arguments = {
-        "query": call.query, "energy": buffers.energy, **_strides("query", call.query, "bhtd"),
+        "query": call.query, "energy": buffers.energy, "query_strides": call.query.stride(),
         "head_start": start, "kv_heads": g.kv_heads, "group_size": g.group_size,
         "query_len": g.query_len, "part_rows": g.energy_rows,
         "share": 1.0 / (g.group_size * g.query_len),
@@ -256,8 +255,8 @@ def _statistics(
     inputs = {
         "key": call.key, "value": call.value, "key_mask": call.mask,
         "permutation": call.permutation, "key_mean": buffers.key_mean,
-        **_strides("key", call.key, "bhtd"), **_strides("value", call.value, "bhtd"),
-        **_strides("mask", call.mask, "bt"),
+        "key_strides": call.key.stride(), "value_strides": call.value.stride(),
+        "mask_strides": call.mask_strides,
         "head_start": start, "kv_heads": g.kv_heads, "key_len": g.key_len, "blocks": g.blocks,
         "BLOCK": g.key_size, "D": g.d, "E": g.e, "D_TILE": d_tile, "E_TILE": e_tile,
         **_dot_arguments(g),
@@ -325,7 +324,7 @@ def _cuts(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int) ->
     cuts = {
         "query": call.query, "permutation": call.permutation,
         "mean": mean, "covariance": covariance, "cuts": buffers.cuts,
-        **call.density_arguments, **_strides("query", call.query, "bhtd"),
+        **call.density_arguments, "query_strides": call.query.stride(),
         "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
         "query_len": g.query_len, "query_blocks": g.query_blocks,
         "dense_first": dense_first, "dense_last": dense_last,
@@ -353,7 +352,7 @@ def _routing(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int)
         "score_bias": buffers.log_weight if weighed else buffers.score_bias,
         "BIAS_FACTOR": ROUTING_WEIGHT if weighed else 1.0, "scratch": buffers.scratch,
         "indices": buffers.indices, "counts": buffers.counts, "bitmap": buffers.bitmap,
-        **call.density_arguments, **_strides("query", call.query, "bhtd"),
+        **call.density_arguments, "query_strides": call.query.stride(),
         "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
         "query_len": g.query_len, "query_blocks": g.query_blocks, "blocks": g.blocks,
         "free_first": first, "free_last": last,
@@ -389,10 +388,9 @@ def _forward(g: Geometry, buffers: _Buffers, call: Call, start: int, count: int)
         "log_weight": buffers.log_weight, "first_order": buffers.first_order,
         "indices": buffers.indices, "counts": buffers.counts, "bitmap": buffers.bitmap,
         "cuts": buffers.cuts, "out": call.out, "lse": call.lse,
-        **_strides("query", call.query, "bhtd"), **_strides("key", call.key, "bhtd"),
-        **_strides("value", call.value, "bhtd"), **_strides("mask", call.mask, "bt"),
-        "out_stride_b": call.out.stride(0), "out_stride_h": call.out.stride(1),
-        "out_stride_t": call.out.stride(2),
+        "query_strides": call.query.stride(), "key_strides": call.key.stride(),
+        "value_strides": call.value.stride(), "mask_strides": call.mask_strides,
+        "out_strides": call.out.stride(),
         "head_start": start * g.group_size, "heads": g.heads, "group_size": g.group_size,
         "query_len": g.query_len, "key_len": g.key_len, "query_blocks": g.query_blocks,
         "blocks": g.blocks, "free_first": g.free[0], "free_last": g.free[1],

@@ -4,6 +4,7 @@ Legend for the trailing shape comments of this folder:
     R rows of a query tile, C columns (keys or key blocks) of a score tile, D head_dim of query and
     key, E head_dim of value (both padded to powers of two), N padded number of key blocks, P query
     blocks per query tile.
+What is called `..._strides` is a tuple with one stride per axis of the tensor.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,no-any-return"

@@ -13,10 +13,11 @@ from .primitives import load_tile, tokens_of
 
 @triton.jit
 def query_means(
-    query, permutation, columns, first_block, query_len, stride_t, stride_d,
+    query, permutation, columns, first_block, query_len, strides,
     BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the means of the query blocks `first_block ..`, float32. [Q, D_CHUNK]"""
+    _, _, stride_t, stride_d = strides
     rows = tl.arange(0, ROWS)
     start = first_block * BLOCK
     total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
@@ -32,7 +33,7 @@ def query_means(
 def query_energy_kernel(
     query,  # [B, H, Tq, D]
     energy,  # out float32 [kv heads, PARTS, D]: summands of the mean of q_d^2
-    query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    query_strides,
     head_start,  # first key/value head of this launch, counted over batch and heads
     kv_heads, group_size, query_len,
     part_rows,  # queries per program and head
@@ -45,16 +46,17 @@ def query_energy_kernel(
     part, local_head = tl.program_id(0), tl.program_id(1)
     head = head_start + local_head
     batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
-    query += batch * query_stride_b + kv_head * group_size * query_stride_h
+    stride_b, stride_h, stride_t, stride_d = query_strides
+    query += batch * stride_b + kv_head * group_size * stride_h
     rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     last = tl.minimum((part + 1) * part_rows, query_len)
     total = tl.zeros([ROWS, D_PAD], tl.float32)
     for member in tl.range(0, group_size):
-        own = query + tl.cast(member, tl.int64) * query_stride_h
+        own = query + tl.cast(member, tl.int64) * stride_h
         for start in tl.range(part * part_rows, last, ROWS):
-            first = own + tl.cast(start, tl.int64) * query_stride_t
+            first = own + tl.cast(start, tl.int64) * stride_t
             valid = start + rows < last
-            q = load_tile(first, rows, columns, query_stride_t, query_stride_d, valid, D)
+            q = load_tile(first, rows, columns, stride_t, stride_d, valid, D)
             q = q.to(tl.float32)
             total += q * q
     row = (local_head.to(tl.int64) * tl.num_programs(0) + part) * D

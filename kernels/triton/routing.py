@@ -158,7 +158,7 @@ def route_kernel(
     indices,  # out int32 [heads, index_tiles, capacity]: sorted entries
     counts,  # out int32 [heads, index_tiles]
     bitmap,  # out int32 [heads, query blocks, N / 32]
-    query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    query_strides,
     head_start,  # first query head of this launch, counted over batch and heads
     heads,  # H
     group_size,  # query heads per key/value head
@@ -191,13 +191,13 @@ def route_kernel(
         batch, own_head = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
         kv_row = ((head // group_size) - (head_start // group_size)).to(tl.int64) * blocks
 
-        own_query = query + batch * query_stride_b + own_head * query_stride_h
+        own_query = query + batch * query_strides[0] + own_head * query_strides[1]
         # In chunks of D, because the operands of a float32 product fill the registers.
         for chunk in tl.static_range(0, D_PAD, D_CHUNK):
             d_columns = chunk + tl.arange(0, D_CHUNK)
             mean = query_means(
-                own_query, permutation, d_columns, first_block, query_len,
-                query_stride_t, query_stride_d, BLOCK, D, ROWS,
+                own_query, permutation, d_columns, first_block, query_len, query_strides,
+                BLOCK, D, ROWS,
             )  # [Q, D_CHUNK]  # fmt: skip
             _score_rows(
                 mean, key_mean + kv_row * D, d_columns, score_bias, kv_row,

@@ -119,7 +119,7 @@ def cut_kernel(
     covariance,  # float32 [kv heads, D, D]
     density,  # float32 [H] or None
     cuts,  # out float32 [heads, query blocks]; -inf where everything is exact
-    query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    query_strides,
     head_start,  # first query head of this launch, counted over batch and heads
     heads,  # H
     group_size,  # query heads per key/value head
@@ -138,7 +138,7 @@ def cut_kernel(
     head = head_start + local_head
     batch, own_head = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     local_kv = ((head // group_size) - (head_start // group_size)).to(tl.int64)
-    query += batch * query_stride_b + own_head * query_stride_h
+    query += batch * query_strides[0] + own_head * query_strides[1]
     mean += local_kv * D
     covariance += local_kv * (D * D)
     centre = tl.zeros([ROWS], tl.float32)
@@ -147,7 +147,7 @@ def cut_kernel(
     for left in tl.range(0, D_PAD, D_CHUNK):
         columns = left + tl.arange(0, D_CHUNK)
         q = query_means(
-            query, permutation, columns, first_block, query_len, query_stride_t, query_stride_d,
+            query, permutation, columns, first_block, query_len, query_strides,
             BLOCK, D, ROWS,
         )  # [Q, D_CHUNK]  # fmt: skip
         kept = tl.load(mean + columns, mask=columns < D, other=0.0)
@@ -158,8 +158,8 @@ def cut_kernel(
             other = q
             if D_CHUNK < D_PAD:
                 other = query_means(
-                    query, permutation, rows, first_block, query_len,
-                    query_stride_t, query_stride_d, BLOCK, D, ROWS,
+                    query, permutation, rows, first_block, query_len, query_strides,
+                    BLOCK, D, ROWS,
                 )  # fmt: skip
             part = load_tile(covariance, rows, columns, D, 1, rows < D, D)
             product = dot(other, part, product, PRECISION, UPCAST)

@@ -177,30 +177,34 @@ def target_of(architecture: str) -> GPUTarget:
 
 def _source(launch: KernelLaunch) -> ASTSource:
     """Signature, constants and alignment as the just-in-time compiler would derive them."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+
+    def typed(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
+        """The type of what is at `path`; its constant and its alignment are noted on the way."""
+        if isinstance(value, tuple):
+            return tuple(typed((*path, at), item, parameter) for at, item in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-            continue
+            attributes[path] = [["tt.divisibility", 16]]
+            return _TYPES[value.dtype]
         if isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
-            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}]>"
-            continue
+            return f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}]>"
         specialised = not parameter.do_not_specialize
         one = specialised and type(value) is int and value == 1
         if parameter.is_constexpr or value is None or one:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if specialised and value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if specialised and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    signature = {
+        parameter.name: typed((position,), launch.arguments[parameter.name], parameter)
+        for position, parameter in enumerate(launch.kernel.params)
+    }
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
